@@ -1,7 +1,7 @@
 """Prefix affinity against round robin and least loaded, on a part of a trace with the blocks of its prompts.
 
-``python -m bench.affinity ../shared/data/mooncake_conversation.jsonl.gz`` takes every n-th conversation of the trace, in
-their order and faster, and sends it as streams to four engines with prefix caches: through inferq, through inferq with
+``python -m bench.affinity ../shared/data/mooncake_conversation.jsonl.gz`` takes every n-th conversation of the trace,
+in their order and faster, and sends it as streams to four engines with prefix caches: through inferq, through it with
 affinity off (the worker with the most free slots is handed the next request), and round robin without a queue. The
 oracle is one cache of the whole trace that forgets nothing. Exit code 1 if a figure misses what is promised.
 """
@@ -85,7 +85,7 @@ async def engines(folder: Path, options: argparse.Namespace, block_tokens: int) 
         *("--model", MODEL, "--ttft-ms", str(TTFT_MS), "--prefill-us-per-token", str(options.prefill_us)),
         *("--tokens-per-s", str(options.tokens_per_s), "--block-tokens", str(block_tokens)),
         *("--prefix-cache-blocks", str(CACHE_BLOCKS), "--max-num-seqs", str(options.slots)),
-        *("--max-model-len", str(MAX_PROMPT_TOKENS)),
+        *("--max-model-len", str(MAX_PROMPT_TOKENS), "--serial-prefill"),
     )
     async with AsyncExitStack() as exits:
         urls = []
@@ -160,8 +160,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--speed", type=float, default=50.0, help="times faster than the trace")
     parser.add_argument("--output-scale", type=int, default=16, help="divides the lengths of answers")
     parser.add_argument("--workers", type=int, default=4)
-    parser.add_argument("--slots", type=int, default=4, help="requests that an engine runs at once")
-    parser.add_argument("--prefill-us", type=float, default=80.0, help="to compute a token of a prompt")
+    parser.add_argument("--slots", type=int, default=8, help="requests that an engine runs at once")
+    parser.add_argument("--prefill-us", type=float, default=40.0, help="to compute a token of a prompt")
     parser.add_argument("--tokens-per-s", type=float, default=50.0)
     parser.add_argument("--system", action="append", choices=SYSTEMS)
     options = parser.parse_args(argv)

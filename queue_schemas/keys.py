@@ -188,8 +188,8 @@ class ShardKeys:
     @property
     def counters(self) -> str:
         """Hash: ``<queue key>:waiting``, ``<queue key>:turn`` (jobs claimed there since nothing waited last, which
-        decides the next one's band order), ``<queue key>:wait`` (how long jobs wait there, ms, on average; while such a
-        job waits that has digests) and ``<pool>:<lane>:leased``; and since ever ``<pool>:<lane>:enqueued`` and
+        decides the next one's band order), ``<queue key>:wait`` (the longest wait of late, ms; since a job with
+        digests waited, until nothing waits) and ``<pool>:<lane>:leased``; and since ever ``<pool>:<lane>:enqueued`` and
         one counter per terminal state and per requeue, for what was cancelled or expired also by what it was doing
         (``expired/running``), and one per outcome of affinity (``affinity/warm``)."""
         return f"{self.prefix}counters"

@@ -2,8 +2,8 @@
 
 A Router reads a request's prefix as digests (:func:`prefix_digests`), the longest prefix first. The queue keeps a
 bounded table of who was leased a job with a digest last (:class:`WarmTable`), prefers such a worker where its load is
-within a bound (:func:`takes_warm`), and lets a worker that claims take a warm job before others for as long as the one
-at the head has not waited beyond its patience (:func:`choose`, :func:`patience_ms`).
+within a bound (:func:`takes_warm`), and lets a worker that claims take a warm job before others until the one at the
+head has waited as long as any did of late (:func:`choose`, :func:`patience_ms`).
 
 ``broker/lua/lib/affinity.lua`` does what the functions behind :func:`prefix_digests` say, with the constants of this
 module; the contract tests compare the two.
@@ -36,11 +36,8 @@ MAX_HOLDERS = 4
 """Workers that a digest is remembered of, the latest first."""
 LOOKAHEAD = 16
 """Waiting jobs of one tenant that a claim compares, and the longest prefixes of each that it looks at."""
-PATIENCE_WAITS = 2
-"""A job at the head is overtaken until it has waited so many times as long as jobs do now."""
-MAX_PATIENCE_MS = 10_000
-WAIT_SAMPLES = 8
-"""Weight of what was known of the wait against one job's: an exponential average."""
+PATIENCE_JOBS = 128
+"""The longest wait of late fades with jobs that waited less: each takes off such a part of the difference."""
 
 _DIGEST_BYTES = DIGEST_CHARS * 3 // 4
 _PROMPT_FIELDS = ("tools", "system", "instructions", "messages", "prompt", "input")
@@ -171,11 +168,11 @@ def choose(table: WarmTable, waiting: Sequence[str], cache: str) -> int:
     return next((index for index, match in enumerate(matches) if match is None), 0)
 
 
-def patience_ms(wait_ms: int) -> int:
-    """How long a job waits before nothing overtakes it any more, where jobs wait for ``wait_ms`` now. 0: at no time."""
-    return min(PATIENCE_WAITS * wait_ms, MAX_PATIENCE_MS)
+def patience_ms(longest_ms: int, waited_ms: int) -> int:
+    """The longest wait of late, after one more job waited for ``waited_ms``; 0 stays 0, anything else is at least 1.
 
-
-def average_wait_ms(wait_ms: int, waited_ms: int) -> int:
-    """The average wait after one more job has waited for ``waited_ms``; 0 stays 0, anything else at least 1."""
-    return max(wait_ms + (waited_ms - wait_ms) // WAIT_SAMPLES, 1) if wait_ms else 0
+    A job is overtaken only until it has waited so long: overtaking does not add to the longest waits.
+    """
+    if not longest_ms:
+        return 0
+    return max(waited_ms, longest_ms - -(-(longest_ms - waited_ms) // PATIENCE_JOBS), 1)

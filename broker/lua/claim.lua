@@ -112,9 +112,9 @@ local function take_retry(key)
 end
 
 -- The job that this worker takes of a tenant that is due: the first, or one behind it that is warm here, as long as the
--- first has not waited beyond its patience.
+-- first has not waited longer than others did of late.
 local function take_warmest(key, queue)
-  local patience = patience_ms(key)
+  local patience = counter('counters', key .. ':wait')
   local entries = call('XRANGE', P .. queue, '-', '+', 'COUNT', patience > 0 and LOOKAHEAD or 1)
   local first = entries[1] and runnable(queue, entries[1])
   if not first or not entries[2] or now - tonumber(first.at) >= patience then return first, entries[1] end
@@ -152,7 +152,7 @@ local function take(key)
   job = job or turn % 4 == 3 and take_retry(key)
   if job then
     add('counters', key .. ':turn', 1)
-    average_wait(key, now - tonumber(job.at))
+    follow_wait(key, now - tonumber(job.at))
   end
   return job, start
 end

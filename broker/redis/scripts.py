@@ -124,10 +124,7 @@ def _record_format() -> str:
 
 def _affinity_rules() -> str:
     """The constants of affinity in Lua."""
-    names = (
-        *("DIGEST_CHARS", "SLOT_CHARS", "MAX_DIGESTS", "MAX_HOLDERS", "LOOKAHEAD"),
-        *("PATIENCE_WAITS", "MAX_PATIENCE_MS", "WAIT_SAMPLES"),
-    )
+    names = ("DIGEST_CHARS", "SLOT_CHARS", "MAX_DIGESTS", "MAX_HOLDERS", "LOOKAHEAD", "PATIENCE_JOBS")
     return "".join(f"local {name} = {getattr(affinity, name)}\n" for name in names)
 
 

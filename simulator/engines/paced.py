@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 
 from scheduling.slots import EngineLoad
-from worker.engines.simulated.schedule import Pace
+from worker.engines.simulated.schedule import Pace, Prefill
 
 from ..clock import Clock
 from ..requests import Request
@@ -18,7 +18,17 @@ class PacedEngine:
     """Implements :class:`simulator.engines.port.Engine` as ``worker.engines.simulated`` does: ``max_seqs`` requests
     run, the rest wait in the order they came."""
 
-    __slots__ = ("_block_tokens", "_cache", "_clock", "_listener", "_max_seqs", "_pace", "_running", "_waiting")
+    __slots__ = (
+        "_block_tokens",
+        "_cache",
+        "_clock",
+        "_listener",
+        "_max_seqs",
+        "_pace",
+        "_prefill",
+        "_running",
+        "_waiting",
+    )
 
     def __init__(
         self,
@@ -31,6 +41,7 @@ class PacedEngine:
     ) -> None:
         self._clock = clock
         self._pace = pace
+        self._prefill = Prefill()
         self._max_seqs = max_seqs
         self._cache = cache
         self._block_tokens = block_tokens
@@ -73,7 +84,7 @@ class PacedEngine:
         else:
             request.redone += tokens - cached
         self._listener.started(request)
-        first_at = self._pace.first_token_at(self._clock.now, tokens, cached)
+        first_at = self._prefill.first_token_at(self._pace, self._clock.now, tokens, cached)
         if not request.generated:
             request.first_at = first_at
         missing = request.output_tokens - request.generated

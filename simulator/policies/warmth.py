@@ -13,7 +13,6 @@ from scheduling.affinity import (
     LOOKAHEAD,
     SAMPLED_CHUNKS,
     WarmTable,
-    average_wait_ms,
     choose,
     patience_ms,
     takes_warm,
@@ -74,23 +73,23 @@ class Warmth:
 class Patience:
     """How long the first request of a line is overtaken by warm ones; times are in seconds."""
 
-    __slots__ = ("_wait_ms",)
+    __slots__ = ("_longest_ms",)
 
     def __init__(self) -> None:
-        self._wait_ms = 0
+        self._longest_ms = 0
 
     def waits(self, digests: str) -> None:
         """A request joined the line."""
-        if digests and not self._wait_ms:
-            self._wait_ms = 1
+        if digests and not self._longest_ms:
+            self._longest_ms = 1
 
     def left(self, waited_s: float) -> None:
         """A request left the line."""
-        self._wait_ms = average_wait_ms(self._wait_ms, int(waited_s * 1e3))
+        self._longest_ms = patience_ms(self._longest_ms, int(waited_s * 1e3))
 
     def lasts(self, waited_s: float) -> bool:
         """Whether one that has waited so long may be overtaken."""
-        return waited_s * 1e3 < patience_ms(self._wait_ms)
+        return waited_s * 1e3 < self._longest_ms
 
 
 @lru_cache(maxsize=1 << 18)

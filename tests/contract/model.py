@@ -36,7 +36,7 @@ from queue_schemas.ids import encode_name
 from queue_schemas.lanes import BAND_STEP, band_order, lane_order
 from queue_schemas.lifecycle import TERMINAL, TRANSITIONS
 from queue_schemas.persisted_output import key_digest, request_digest
-from scheduling.affinity import WarmTable, average_wait_ms, choose, patience_ms, takes_warm
+from scheduling.affinity import WarmTable, choose, patience_ms, takes_warm
 from scheduling.fairness import Band, charge_of, units
 from scheduling.prediction import Rate
 from scheduling.preemption import Yieldable, victim, yields_wanted
@@ -49,7 +49,7 @@ ASK_AGAIN_MS = 5_000
 RUN_EPOCHS = 1 << 20
 """Epochs of one run of the server: those that its lost writes may have given out were never so many."""
 KEEP_MS = 24 * 3600 * 1000
-MAX_HANDED_BYTES = 64 * 1024
+MAX_HANDED_BYTES = 256 * 1024
 """The largest envelope that is handed over."""
 STORED_BYTES = 1_024
 """What a persisted job counts for beside its output."""
@@ -74,7 +74,7 @@ class Model:
         self.rates: dict[Place, Rate] = defaultdict(Rate)
         self.warm = WarmTable()
         self.waits: Counter[Place] = Counter()
-        """How long jobs waited lately, where one with digests waits or did since nothing waited."""
+        """The longest wait of late, where one with digests waits or did since nothing waited."""
         self.affinities: Counter[tuple[str, Lane, str]] = Counter()
         self.kept: dict[str, Kept] = {}
         self.keys: dict[str, tuple[str, str]] = {}
@@ -592,7 +592,7 @@ class Model:
 
     def _chosen(self, worker: str, place: Place, jobs: Sequence[str]) -> str:
         """The first of a tenant's jobs, or while that is not over its patience one that is worth more here."""
-        if self.now - self.live[jobs[0]].enqueued_at >= patience_ms(self.waits[place]):
+        if self.now - self.live[jobs[0]].enqueued_at >= self.waits[place]:
             return jobs[0]
         return jobs[choose(self.warm, [self.live[job_id].job.affinity for job_id in jobs], self._cache(worker))]
 
@@ -624,7 +624,7 @@ class Model:
             self._correct(live, charge)
         live.charged = units(charge)
         self.turns[live.place] += 1
-        self.waits[live.place] = average_wait_ms(self.waits[live.place], self.now - live.enqueued_at)
+        self.waits[live.place] = patience_ms(self.waits[live.place], self.now - live.enqueued_at)
         self._enter(live, State.LEASED)
         self._leave_line(live)
         live.attempts += 1

@@ -114,11 +114,11 @@ async def test_a_claim_takes_a_warm_job_before_the_head_within_its_patience(time
     assert (await other.claim_one()).job == waiting[4], "its own before what is new"
     assert (await other.claim_one()).job == waiting[1], "what is new before what another one holds"
     await set_clock(client, START_MS + 199)
-    await client.hset(KEYS.counters, f"{WAITS_AT}:wait", 100)
+    await client.hset(KEYS.counters, f"{WAITS_AT}:wait", 200)
     await broker.jobs.enqueue(warm_job("theirs", 4))
     assert (await other.claim_one()).job.affinity == warm_job("theirs", 4).affinity
     await broker.jobs.enqueue(warm_job("theirs", 4))
-    await client.hset(KEYS.counters, f"{WAITS_AT}:wait", 99)
+    await client.hset(KEYS.counters, f"{WAITS_AT}:wait", 199)
     assert (await other.claim_one()).job == waiting[3], "its patience is over"
     assert (await other.claim_one()).job == waiting[5]
 
@@ -199,7 +199,7 @@ async def test_a_large_job_wakes_the_worker_that_holds_its_prefix(broker: Broker
     await broker.jobs.enqueue(warm_job("a", 2))
     holder, idle = await holder_first(one, other)
     for _ in range(2):
-        await broker.jobs.enqueue(warm_job("a", 2, body=b"x" * 70_000))
+        await broker.jobs.enqueue(warm_job("a", 2, body=b"x" * 300_000))
         assert await idle.control_messages() == []
         assert [message.kind.value for message in await holder.control_messages()] == ["wake"]
         assert len(await holder.claim(3, offer=3)) == 1

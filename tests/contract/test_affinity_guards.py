@@ -70,7 +70,7 @@ async def _two_wait(scene: Scene) -> None:
     await _holds(scene, await scene.another(), THEIRS)
     await scene.broker.jobs.enqueue(scene.job(affinity=THEIRS))
     await scene.broker.jobs.enqueue(scene.job(affinity=MINE))
-    await _wait_is(scene, 50)
+    await _wait_is(scene, 100)
 
 
 async def a_patience_ends(scene: Scene) -> None:

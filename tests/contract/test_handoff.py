@@ -83,7 +83,7 @@ async def test_nothing_is_handed_over_past_a_job_that_waits(broker: Broker) -> N
 async def test_a_large_job_waits_to_be_claimed(broker: Broker) -> None:
     """Control streams carry small envelopes only."""
     worker = await offering(broker, 2)
-    await broker.jobs.enqueue(make_job(body=b"x" * 70_000))
+    await broker.jobs.enqueue(make_job(body=b"x" * 300_000))
     assert await worker.control_messages() == [WAKE]
     assert len(await worker.claim(2, offer=2)) == 1
 
@@ -114,7 +114,7 @@ async def test_jobs_on_their_way_count_among_what_a_claim_asks_for(broker: Broke
     worker = await offering(broker, 2)
     await broker.jobs.enqueue(make_job())
     for _ in range(2):
-        await broker.jobs.enqueue(make_job(lane=Lane.BATCH, body=b"x" * 70_000))
+        await broker.jobs.enqueue(make_job(lane=Lane.BATCH, body=b"x" * 300_000))
     assert len(await worker.claim(2, offer=2)) == 1
     assert len(await worker.handed()) == 1
 
@@ -279,7 +279,7 @@ async def test_a_worker_of_many_models_offers_anew_at_all_of_them(broker: Broker
         assert await worker.handed() == [], "nothing is offered any more"
         assert len(await worker.claim(1, MANY)) == 1
         assert await worker.claim(2, MANY, offer=2) == []
-    await broker.jobs.enqueue(make_job(model=MANY[0], body=b"x" * 70_000))
+    await broker.jobs.enqueue(make_job(model=MANY[0], body=b"x" * 300_000))
     assert await worker.control_messages() == [WAKE], "it is idle again"
 
 
@@ -310,12 +310,12 @@ async def test_a_used_up_offer_of_many_models_is_not_answered_as_parked(broker: 
 async def test_a_woken_worker_of_many_models_is_parked_everywhere_again(broker: Broker, client: Any) -> None:
     """Also where the wake took it out."""
     worker = await of_many_models(broker, 1)
-    await broker.jobs.enqueue(make_job(model=MANY[0], body=b"x" * 70_000))
+    await broker.jobs.enqueue(make_job(model=MANY[0], body=b"x" * 300_000))
     assert await worker.control_messages() == [WAKE]
     assert len(await worker.claim(2, MANY, offer=2)) == 1
     for model in MANY:
         assert await parked_at(client, model) == {worker.session_id}
-    await broker.jobs.enqueue(make_job(model=MANY[0], body=b"x" * 70_000))
+    await broker.jobs.enqueue(make_job(model=MANY[0], body=b"x" * 300_000))
     assert await worker.control_messages() == [WAKE]
 
 

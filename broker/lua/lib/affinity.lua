@@ -64,15 +64,12 @@ local function remember(job, digests, cache)
   total(job, 'affinity/' .. (digests == '' and 'none' or learn(digests, cache)))
 end
 
--- How long a job is overtaken that waits at this queue key; 0 where no job with digests has waited.
-local function patience_ms(key)
-  return math.min(PATIENCE_WAITS * counter('counters', key .. ':wait'), MAX_PATIENCE_MS)
-end
-
--- A job left this queue key that had waited for so long.
-local function average_wait(key, waited_ms)
-  local wait = counter('counters', key .. ':wait')
-  if wait > 0 then add('counters', key .. ':wait', math.max(math.floor((waited_ms - wait) / WAIT_SAMPLES), 1 - wait)) end
+-- A job left this queue key that had waited for so long: ``<key>:wait``, the longest wait of late, follows.
+local function follow_wait(key, waited_ms)
+  local longest = counter('counters', key .. ':wait')
+  if longest == 0 then return end
+  local faded = longest - math.ceil((longest - waited_ms) / PATIENCE_JOBS)
+  add('counters', key .. ':wait', math.max(waited_ms, faded, 1) - longest)
 end
 
 -- Which of the waiting jobs a worker with ``cache`` takes, given as their digests: the first that is warm here; else the

@@ -6,7 +6,7 @@
 -- rarely: warmest
 
 local MAX_TAKERS = 16 -- of a queue key, looked at in one call
-local MAX_HANDED_BYTES = 65536 -- a larger envelope waits to be claimed
+local MAX_HANDED_BYTES = 262144 -- a larger envelope waits to be claimed
 local takers, takers_at = {}, {}
 
 -- The worker behind a session that offers slots; false if it does not any more.

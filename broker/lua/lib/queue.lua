@@ -1,6 +1,6 @@
 -- Waiting streams: ``q:`` for new work (of one band and tenant), ``retry:`` and ``suspects:`` for work whose attempt ended.
 -- An entry says beside its job of whose budgets that counts, and its cost (``of``), should its record be lost; and of a
--- new job with digests these (``digests``): then the average wait at the queue key is kept.
+-- new job with digests these (``digests``): then the longest wait of late is kept of the queue key.
 -- uses: records, counters, fairness, suspicion, lifecycle
 -- rarely: drop_entry
 

@@ -13,12 +13,10 @@ from scheduling.affinity import (
     LOOKAHEAD,
     MAX_DIGESTS,
     MAX_HOLDERS,
-    MAX_PATIENCE_MS,
     SAMPLED_CHUNKS,
     Match,
     WarmTable,
     adapter_digest,
-    average_wait_ms,
     choose,
     patience_ms,
     prefix_digests,
@@ -175,19 +173,16 @@ def test_a_worker_takes_what_is_warm_here_then_what_is_warm_nowhere() -> None:
     assert choose(table, [theirs] * LOOKAHEAD + [mine], "here") == 0
 
 
-def test_patience_follows_the_wait() -> None:
-    """Where nobody waits nobody is overtaken; and nobody for longer than the bound."""
-    assert patience_ms(0) == 0
-    assert 0 < patience_ms(100) < patience_ms(200) <= MAX_PATIENCE_MS
-    assert patience_ms(10**9) == MAX_PATIENCE_MS
-
-
-def test_the_average_wait_follows_what_jobs_waited() -> None:
-    wait = 1
-    for _ in range(60):
-        wait = average_wait_ms(wait, 800)
-    assert 700 <= wait <= 800
-    for _ in range(60):
-        wait = average_wait_ms(wait, 0)
-    assert wait == 1
-    assert average_wait_ms(0, 800) == 0
+def test_patience_is_the_longest_wait_of_late() -> None:
+    """It rises at once, and fades with the jobs that wait less; where nobody waited there is none."""
+    assert patience_ms(0, 800) == 0
+    patience = patience_ms(1, 800)
+    assert patience == 800
+    assert patience_ms(patience, 500) < patience
+    assert patience_ms(patience, 900) == 900
+    for _ in range(128):
+        patience = patience_ms(patience, 0)
+    assert 200 < patience < 400
+    for _ in range(2_000):
+        patience = patience_ms(patience, 0)
+    assert patience == 1

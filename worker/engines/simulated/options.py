@@ -34,6 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--prefill-us-per-token", type=float, default=default.prefill_us_per_token)
     parser.add_argument("--tokens-per-s", type=float, default=default.tokens_per_s, help="per stream; 0: no limit")
     parser.add_argument("--no-lockstep", action="store_true", help="streams do not get their tokens in one step")
+    parser.add_argument("--serial-prefill", action="store_true", help="prompts are computed one after another")
     parser.add_argument("--block-tokens", type=int, default=default.block_tokens, help="of a prefix cache block")
     parser.add_argument("--prefix-cache-blocks", type=int, default=default.prefix_cache_blocks, help="0: no cache")
     parser.add_argument(
@@ -69,6 +70,7 @@ def read_options(argv: Sequence[str] | None = None) -> tuple[str, int, Simulatio
             prefill_us_per_token=0.0 if options.instant else options.prefill_us_per_token,
             tokens_per_s=0.0 if options.instant else options.tokens_per_s,
             lockstep=not options.no_lockstep,
+            serial_prefill=options.serial_prefill,
             block_tokens=options.block_tokens,
             prefix_cache_blocks=options.prefix_cache_blocks,
             kv_cache_tokens=options.kv_cache_tokens,

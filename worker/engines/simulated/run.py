@@ -13,7 +13,7 @@ from openai_api.sse import DONE_EVENT, encode_event
 
 from .api import wire
 from .failures import Failure, FailureKind
-from .schedule import Pace, Slots
+from .schedule import Pace, Prefill, Slots
 
 HANG_LIMIT_S = 3600.0
 MAX_TIMER_S = 86_400.0
@@ -61,6 +61,7 @@ class EngineCore:
     def __init__(self, slots: Slots, pace: Pace, clock: Callable[[], float]) -> None:
         self.slots = slots
         self.pace = pace
+        self.prefill = Prefill()
         self.clock = clock
         self.prompt_tokens = 0
         self.generated_tokens = 0
@@ -224,7 +225,7 @@ class Run:
         engine, work = self._engine, self._work
         engine.prompt_tokens += work.prompt_tokens
         cached = work.admit()
-        self._first_at = self._pace.first_token_at(engine.clock(), work.prompt_tokens, cached)
+        self._first_at = engine.prefill.first_token_at(self._pace, engine.clock(), work.prompt_tokens, cached)
         return cached
 
     async def _advance(self, min_wait_s: float) -> tuple[int, int] | None:

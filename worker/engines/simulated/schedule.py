@@ -107,6 +107,8 @@ class Pace:
     prefill_s_per_token: float
     token_interval_s: float
     lockstep: bool
+    serial_prefill: bool = False
+    """Whether prompts are computed one after another."""
 
     def slowed(self, delay_s: float) -> Pace:
         """The same with at least ``delay_s`` before each token."""
@@ -145,3 +147,18 @@ class Pace:
         if self.lockstep:
             origin = math.floor(first_at / self.token_interval_s + _EPSILON_S) * self.token_interval_s
         return min(total, math.floor((now - origin) / self.token_interval_s + _EPSILON_S) + 1)
+
+
+class Prefill:
+    """When prompts are computed that come to one engine: side by side, or one after another, as its pace says."""
+
+    def __init__(self) -> None:
+        self._busy_until = -math.inf
+
+    def first_token_at(self, pace: Pace, now: float, prompt_tokens: int, cached_tokens: int) -> float:
+        """When the first token of a request comes that starts ``now``. What one that is aborted had left to compute is
+        computed all the same."""
+        begins = max(now, self._busy_until) if pace.serial_prefill else now
+        first_at = pace.first_token_at(begins, prompt_tokens, cached_tokens)
+        self._busy_until = first_at - pace.ttft_s
+        return first_at

@@ -21,7 +21,8 @@ class SimulationSettings:
 
     A request waits for one of ``max_num_seqs`` slots, then ``ttft_ms`` plus ``prefill_us_per_token`` for each prompt
     token that the prefix cache does not hold, then gets ``tokens_per_s`` (0: no limit). With ``lockstep`` every running
-    stream gets its token in the same engine step, as in a real engine; without, each follows its own clock.
+    stream gets its token in the same engine step, as in a real engine; without, each follows its own clock. With
+    ``serial_prefill`` prompts are computed one after another, as where one already keeps a GPU busy.
 
     With ``kv_cache_tokens`` (0: no bound) a running request holds its tokens, prompt included, in blocks of
     ``block_tokens``: one whose prompt finds no room waits, and when running ones outgrow it, the last that started is
@@ -46,6 +47,7 @@ class SimulationSettings:
     prefill_us_per_token: float = 20.0
     tokens_per_s: float = 100.0
     lockstep: bool = True
+    serial_prefill: bool = False
     block_tokens: int = 16
     prefix_cache_blocks: int = 4096
     kv_cache_tokens: int = 0

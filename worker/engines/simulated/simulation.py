@@ -67,7 +67,13 @@ class Simulation:
         self._failures: Counter[FailureKind] = Counter()
         self._cache = PrefixCache(settings.prefix_cache_blocks, settings.block_tokens)
         interval_s = 1 / settings.tokens_per_s if settings.tokens_per_s else 0.0
-        pace = Pace(settings.ttft_ms / 1e3, settings.prefill_us_per_token / 1e6, interval_s, settings.lockstep)
+        pace = Pace(
+            settings.ttft_ms / 1e3,
+            settings.prefill_us_per_token / 1e6,
+            interval_s,
+            settings.lockstep,
+            settings.serial_prefill,
+        )
         kv_blocks = settings.kv_cache_tokens // settings.block_tokens
         slots = Slots(settings.max_num_seqs, kv_blocks, settings.block_tokens)
         self._engine = EngineCore(slots, pace, clock)

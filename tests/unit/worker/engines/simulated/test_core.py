@@ -14,7 +14,7 @@ from worker.engines.simulated.api.answers import WORDS, answer, embedding
 from worker.engines.simulated.api.requests import RefusedRequest, parse_chat, parse_completion
 from worker.engines.simulated.failures import Failure, drawn_failure, parse_order, parse_rates
 from worker.engines.simulated.prefix_cache import PrefixCache
-from worker.engines.simulated.schedule import Pace, Slots
+from worker.engines.simulated.schedule import Pace, Prefill, Slots
 from worker.engines.simulated.tokens import VOCABULARY, count_tokens, decode_tokens, encode_tokens, split_tokens
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
@@ -323,3 +323,14 @@ def test_a_text_part_without_its_text_is_refused(part: dict[str, object]) -> Non
     body = _chat(messages=[{"role": "user", "content": [part]}])
     with pytest.raises(RefusedRequest, match="content should be"):
         parse_chat(body, SimulationSettings())
+
+
+def test_prompts_are_computed_one_after_another_where_asked() -> None:
+    """A second one waits for what is left of the first, without what is cached of either; its other costs are its
+    own."""
+    serial, parallel = (Pace(1.0, 0.5, 2.0, lockstep=False, serial_prefill=serial) for serial in (True, False))
+    for pace, second_at in ((serial, 13.0), (parallel, 8.0)):
+        prefill = Prefill()
+        assert prefill.first_token_at(pace, 5.0, 20, 8) == 12.0
+        assert prefill.first_token_at(pace, 6.0, 2, 0) == second_at
+        assert prefill.first_token_at(pace, 40.0, 2, 0) == 42.0
