@@ -106,7 +106,7 @@ class WorkerSession:
 
     def engine_changed(self) -> None:
         """The engine's state or models are others now."""
-        self.slots.ready = self._context.engine.state is EngineState.READY
+        self.slots.engine_is(ready=self._context.engine.state is EngineState.READY)
         self._reconsider()
         self._membership.notify()
 

@@ -44,7 +44,8 @@ Pools = tuple[tuple[Pool, tuple[Lane, ...]], ...]
 @record
 class Claim:
     """One claim to send: the arguments of ``broker.workers.claim``. ``n`` is 0 for a worker that unparks. ``received``
-    is how many jobs had been handed over when it was sent first."""
+    is how many jobs had been handed over when it was sent first; ``cache`` is the number of the engine's prefix
+    cache."""
 
     shard: int
     seq: int
@@ -53,6 +54,7 @@ class Claim:
     pools: Pools
     offer: int = 0
     received: int = 0
+    cache: int = 0
 
 
 @dataclass(slots=True)
@@ -83,6 +85,8 @@ class Slots:
     busy: int = 0
     ready: bool = False
     """Whether the engine takes calls."""
+    cache: int = 0
+    """The number of the engine's prefix cache in this session: what was served before it rose is cold."""
     draining: bool = False
     order: tuple[int, int] = (-1, -1)
     """``(term, version)`` of the assignment in force."""
@@ -98,6 +102,12 @@ class Slots:
         """Whether every slot is busy, or asked for by a claim that is under way; slots on offer are not in use."""
         asked = sum(state.reserved for state in self._shards.values() if state.parked_for is None)
         return self.busy + asked >= self.total
+
+    def engine_is(self, *, ready: bool) -> None:
+        """The engine takes calls, or takes none any more. One that stopped begins again with an empty cache."""
+        if self.ready and not ready:
+            self.cache += 1
+        self.ready = ready
 
     def assign(self, assignment: Assignment, *, registered: bool = False) -> bool:
         """Follow ``assignment`` unless it is older than the one in force; whether it was followed.
@@ -234,5 +244,5 @@ class Slots:
             state.turn += 1
         state.yielded = 0 if slots else state.yielded
         n, offer = min(slots, MAX_CLAIM), slots if self._serves_one_shard else 0
-        state.under_way = Claim(shard, state.seq, state.turn, n, pools, offer, state.received)
+        state.under_way = Claim(shard, state.seq, state.turn, n, pools, offer, state.received, self.cache)
         state.reserved = offer or n

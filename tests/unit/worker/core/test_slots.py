@@ -504,3 +504,19 @@ def test_a_slot_that_was_given_up_is_claimed_for_an_interactive_job() -> None:
         slots.freed()
         if not is_after_yield:
             slots.yielded(0)
+
+
+def test_an_engine_that_stopped_begins_with_an_empty_cache() -> None:
+    """Every claim says which cache it is; one that is repeated says what it said."""
+    slots = ready_slots(4)
+    slots.engine_is(ready=True)
+    claim = slots.next_claim(0, 0.0)
+    assert claim is not None
+    assert claim.cache == 0
+    slots.engine_is(ready=False)
+    assert slots.next_claim(0, 0.0) == claim
+    answer(slots, claim, 0, 0.0)
+    slots.engine_is(ready=True)
+    again = slots.next_claim(0, 30.0)
+    assert again is not None
+    assert again.cache == 1
