@@ -254,6 +254,22 @@ async def test_a_worker_may_stand_in_for_the_manager(server_with_users: Server) 
     assert refusals <= PASSED_OVER
 
 
+async def test_a_manager_may_claim_a_pool_for_an_autoscaler(server_with_users: Server) -> None:
+    """With the rules of the document; and a Router may read which pools are claimed."""
+    manager = await Broker.connect(BrokerSettings(redis_url=url_of("manager", server_with_users)))
+    router = await Broker.connect(BrokerSettings(redis_url=url_of("router", server_with_users)))
+    try:
+        assert await manager.fleet.claim_pool("org/m", "a", 60_000)
+        assert (await router.fleet.remembered_pools()).scaled == {"org/m"}
+        assert not await manager.fleet.claim_pool("org/m", "a", 0)
+        assert (await router.fleet.remembered_pools()).scaled == frozenset()
+    finally:
+        await manager.close()
+        await router.close()
+    refusals = {entry[b"object"] for entry in map(_entry, server_with_users.ask("ACL", "LOG"))}
+    assert refusals <= PASSED_OVER
+
+
 async def test_a_cluster_asks_for_two_more_commands(tmp_path: Path) -> None:
     """On a Redis Cluster the client asks where keys are: with two commands more, each role works."""
     binary = server_binary()
