@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
 
@@ -74,17 +75,19 @@ class ErrorFacts:
     type: str
     param: str | None = None
     code: str | int | None = None
+    details: Mapping[str, int] = field(default_factory=dict)
+    """What else clients may read of it, beside those."""
 
 
 def facts_of(error: InferqError) -> ErrorFacts:
     """The facts of one of our own errors, with its public message."""
-    return ErrorFacts(error.status, error.public, error.type, error.param, error.code)
+    return ErrorFacts(error.status, error.public, error.type, error.param, error.code, error.details)
 
 
 def error_body(facts: ErrorFacts, dialect: Dialect, request_id: str) -> bytes:
     """The JSON body of an answer that is an error."""
     if dialect is Dialect.ANTHROPIC:
-        error = {"type": _anthropic_type(facts), "message": facts.message}
+        error = {"type": _anthropic_type(facts), "message": facts.message, **facts.details}
         return _json({"type": "error", "error": error, "request_id": request_id})
     return _json({"error": _openai(facts)})
 
@@ -123,7 +126,7 @@ def openai_type(status: int) -> str:
 
 
 def _openai(facts: ErrorFacts) -> dict[str, Any]:
-    return {"message": facts.message, "type": facts.type, "param": facts.param, "code": facts.code}
+    return {"message": facts.message, "type": facts.type, "param": facts.param, "code": facts.code, **facts.details}
 
 
 def _anthropic_type(facts: ErrorFacts) -> str:

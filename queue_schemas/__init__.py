@@ -39,6 +39,7 @@ from .errors import (
     UnknownWorker,
     UnsupportedEncoding,
     UnsupportedVersion,
+    WaitTooLong,
     WorkerIdTaken,
 )
 from .fleet.lease_watch import ShardedLeaseWatch
@@ -181,6 +182,7 @@ __all__ = [
     "UnknownWorker",
     "UnsupportedEncoding",
     "UnsupportedVersion",
+    "WaitTooLong",
     "WorkerId",
     "WorkerIdTaken",
     "WorkerInfo",

@@ -25,6 +25,7 @@
     +-- WorkerIdTaken              409  worker_id_taken
     +-- Conflict                   409  conflict               the state of what is named does not allow it
     +-- OverCapacity               429  over_capacity          a budget is used up
+    |   +-- WaitTooLong            429  wait_too_long          it would not be started in time (says when)
     +-- NoWorker                   503  no_worker              no worker serves the model now
     +-- BrokerUnavailable          503  broker_unavailable     Redis cannot be reached
     |   +-- NotOnDisk              503  not_on_disk            Redis took it, and its disk did not confirm it in time
@@ -76,6 +77,7 @@ class InferqError(Exception):
         self.param = param
         self.retry_after_s = retry_after_s
         self._public = public
+        self.details: dict[str, int] = {}
 
     @property
     def public(self) -> str:
@@ -85,7 +87,7 @@ class InferqError(Exception):
     def body(self) -> bytes:
         """The OpenAI error object as JSON: ``{"error": {"message", "type", "param", "code"}}``."""
         error = {"message": self.public, "type": self.type, "param": self.param, "code": self.code}
-        return json.dumps({"error": error}, ensure_ascii=False).encode("utf-8", "replace")
+        return json.dumps({"error": {**error, **self.details}}, ensure_ascii=False).encode("utf-8", "replace")
 
 
 class BadRequest(InferqError):
@@ -256,6 +258,12 @@ class OverCapacity(InferqError):
     retryable = True
 
 
+class WaitTooLong(OverCapacity):
+    """A request was not taken in: it would wait for longer than its deadline allows, or may not wait at all."""
+
+    code = "wait_too_long"
+
+
 class NoWorker(InferqError):
     """No worker serves the model now."""
 
@@ -389,12 +397,3 @@ class Fenced(InferqError):
 
     status = 409
     code = "fenced"
-
-
-def deadline_passed(where: str, limit: str) -> DeadlineExceeded:
-    """``where`` says where the time ran out ("in the queue"); ``limit`` is the job's ``deadline_from``."""
-    named = f" of {limit}" if limit else ""
-    return DeadlineExceeded(
-        f"the request's time{named} ran out {where}; the same request would end the same way: allow it more time "
-        "(x-inferq-deadline-ms, or the client's own time-out), or ask for less"
-    )

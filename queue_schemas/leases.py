@@ -14,7 +14,8 @@ class Lease:
 
     ``attempt`` counts from 1. ``remaining_ms`` is the time left until the deadline and ``waited_ms`` the time since the
     enqueue, both as the server saw them at the claim. ``suspect``: an engine crashed while the job ran on it; a worker
-    holds at most one such job.
+    holds at most one such job. ``predicted_ms``: how long it was thought to wait as it came; None: it was not known, or
+    it did not have to wait.
     """
 
     job: Job
@@ -24,6 +25,7 @@ class Lease:
     remaining_ms: int
     waited_ms: int
     suspect: bool = False
+    predicted_ms: int | None = None
 
 
 @record

@@ -8,7 +8,7 @@ request under the key is refused. Its output is a Redis stream (``out:<id>``), o
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .frames import Frame
 from .ids import JobId
@@ -47,10 +47,14 @@ def _digest(*parts: bytes) -> str:
 
 @record
 class Enqueued:
-    """The job that answers a persisted request: the one enqueued, or the one that holds its idempotency key."""
+    """The job that answers a request: the one enqueued, or the one that holds its idempotency key.
+
+    ``predicted_ms``: how long it is thought to wait; None: unknown, or not at all.
+    """
 
     job_id: JobId
     state: State
+    predicted_ms: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from typing import NoReturn, Protocol
 
 from broker import DeadLetters, JobStatus, RememberedPools
@@ -26,6 +26,7 @@ from queue_schemas import (
     WorkerInfo,
 )
 from queue_schemas.fleet.acting_manager import ActingManager
+from scheduling.prediction import Place
 from telemetry.http.fabric_calls import FabricCall, Forwarded
 
 Deliver = Callable[[list[Frame | Marker]], None]
@@ -34,11 +35,17 @@ Deliver = Callable[[list[Frame | Marker]], None]
 class JobsPort(Protocol):
     """:class:`broker.operations.jobs.Jobs`."""
 
-    def start_enqueue(self, job: Job) -> asyncio.Future[Enqueued]: ...
+    def start_enqueue(self, job: Job, patience_ms: int | None = None) -> asyncio.Future[Enqueued]: ...
 
     async def enqueue_persisted(
-        self, job: Job, options: PersistOptions | None = None, listener: str = ""
+        self,
+        job: Job,
+        options: PersistOptions | None = None,
+        listener: str = "",
+        patience_ms: int | None = None,
     ) -> Enqueued: ...
+
+    async def places(self, job_ids: Sequence[JobId]) -> list[Place | None]: ...
 
     async def resume(self, job: Job, epoch: int) -> State | None: ...
 

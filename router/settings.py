@@ -88,6 +88,18 @@ class RouterSettings(RequestSettings):
         description="Deadline of a request that names none (x-inferq-deadline-ms, or timeout in its body)",
     )
     max_deadline_ms: int = Field(3_600_000, ge=1, description="Longest deadline that a request may ask for")
+    admission: Literal["off", "on"] = Field(
+        "off",
+        description="on: a request that, by prediction, would not be started before its deadline is refused at once "
+        "with 429, with Retry-After and the predicted wait",
+    )
+    admission_margin: float = Field(
+        0.25,
+        ge=0,
+        le=0.9,
+        description="By what part a predicted wait may be too long: a request is refused only if it would miss its "
+        "deadline even then",
+    )
     deadline_grace_ms: int = Field(
         5_000, ge=0, description="How long after its deadline a request waits for the queue to end it"
     )

@@ -1,20 +1,34 @@
-"""How fast a pool serves its jobs.
+"""How long a job will wait, and whether a request is worth taking in.
 
-``broker/lua/lib/rates.lua`` does the same in the script that settles; the contract suite compares the two.
+What is thought to go before it, in units of cost (:mod:`scheduling.cost`), takes as long as the pool's jobs took of
+late for each unit of what *they* were thought to cost: estimates that are wrong by a factor do no harm. The slots that
+are taken now work on that together; the first of them becomes free after half a job, on average.
+
+* What waits in the lanes above goes first. The lanes below have a turn each in every ``LANE_CYCLE`` while they wait.
+* Tenants take turns (:mod:`scheduling.fairness`): before a job go those of its own tenant, and as much of each other's
+  in its band, but no more than waits in its lane.
+* Until ``KNOWN_JOBS`` have ended, and while nothing runs (no worker, or none has taken anything), nothing is predicted.
+
+``broker/lua/lib/{rates,prediction}.lua`` do the same in the scripts; the contract suite compares the two.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from queue_schemas.lanes import LANE_CYCLE, LANES, Lane
 from queue_schemas.records import record
 
 RATE_JOBS = 64
 """How many of the latest jobs a rate remembers, roughly: older ones fade by one part in so many with each new one."""
+KNOWN_JOBS = 8
+"""How many jobs must have ended before anything is predicted."""
 
 
 @record
 class Rate:
     """What jobs of one pool and lane took of late: ``jobs`` (at most ``RATE_JOBS``), for how long these had a slot, in
-    ms, and what they were thought to cost (:mod:`scheduling.cost`)."""
+    ms, and what they were thought to cost."""
 
     jobs: int = 0
     run_ms: int = 0
@@ -29,3 +43,51 @@ class Rate:
             self.run_ms + run_ms - self.run_ms // RATE_JOBS,
             self.cost + cost - self.cost // RATE_JOBS,
         )
+
+
+@record
+class LaneState:
+    """One lane of a pool: jobs that wait, and their cost; jobs that run; how fast they were."""
+
+    waiting: int = 0
+    cost: int = 0
+    leased: int = 0
+    rate: Rate = Rate()
+
+
+@record
+class Place:
+    """Where a job stands. ``wait_ms``: until it starts; None: unknown, as for ``jobs_ahead``."""
+
+    jobs_ahead: int | None
+    wait_ms: int | None
+
+
+def place_of(lanes: Mapping[Lane, LaneState], lane: Lane, own: int, tenants: int) -> Place:
+    """The place of a job in ``lane`` of a pool: ``own`` jobs of its tenant wait before it, in a band in which so many
+    ``tenants`` wait."""
+    states = [lanes.get(one, LaneState()) for one in LANES]
+    at = LANES.index(lane)
+    above, here, below = states[:at], states[at], sum(state.waiting > 0 for state in states[at + 1 :])
+    before = min(own * tenants, here.waiting)
+    jobs = sum(state.waiting for state in above) + before
+    ahead: float = sum(state.cost for state in above)
+    if here.waiting > 0:
+        ahead += here.cost * before / here.waiting
+    ran, run_ms = sum(state.rate.jobs for state in states), sum(state.rate.run_ms for state in states)
+    cost, slots = sum(state.rate.cost for state in states), sum(state.leased for state in states)
+    if ran < KNOWN_JOBS or cost < 1 or slots < 1:
+        return Place(jobs, None)
+    wait = (ahead * (run_ms / cost) * LANE_CYCLE / (LANE_CYCLE - below) + run_ms / ran / 2) / slots
+    return Place(jobs, int(wait))
+
+
+def patience_ms(deadline_ms: int, margin: float) -> int:
+    """The longest predicted wait with which a request of that deadline is taken in. ``margin`` is by what part a
+    prediction may be too long: one that misses its deadline by less is believed to be wrong."""
+    return max(1, round(deadline_ms / (1 - margin)))
+
+
+def is_off_by(predicted_ms: int, waited_ms: int) -> float:
+    """The error of a prediction as a part of the real wait."""
+    return abs(predicted_ms - waited_ms) / max(waited_ms, 1)

@@ -6,10 +6,13 @@ from functools import cache
 
 from prometheus_client import Counter, Histogram
 
-from queue_schemas import Settled
+from queue_schemas import Lease, Settled
+from scheduling.prediction import is_off_by
 from telemetry import MetricsRegistry
 
 from .core import AnswerUsage
+
+_ERROR_BUCKETS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0, 2.0, 5.0)
 
 
 class WorkerMetrics:
@@ -55,9 +58,19 @@ class WorkerMetrics:
             "inferq_heartbeats_failed_total", "Heartbeats that no Manager answered"
         )
 
+        error = registry.histogram(
+            "inferq_predicted_wait_error_ratio",
+            "By what part of the real wait of a job that had to wait its prediction was wrong",
+            ("model", "lane"),
+            buckets=_ERROR_BUCKETS,
+        )
+
         # Children are looked up once: labels() costs more than the count itself.
         def wait_of(model: str, lane: str) -> Histogram:
             return wait.labels(model, lane)
+
+        def error_of(model: str, lane: str) -> Histogram:
+            return error.labels(model, lane)
 
         def attempts_of(model: str, outcome: str) -> Counter:
             return attempts.labels(model, outcome)
@@ -77,6 +90,7 @@ class WorkerMetrics:
         self.yields_refused = cache(refused_of)
         self.redone = cache(redone_of)
         self.wait = cache(wait_of)
+        self._prediction_error = cache(error_of)
         self.remote = cache(remote_of)
         self.attempts = cache(attempts_of)
         self._tokens = cache(tokens_of)
@@ -84,6 +98,14 @@ class WorkerMetrics:
 
     def settled(self, answer: Settled) -> None:
         self._settled[answer].inc()
+
+    def started(self, lease: Lease) -> None:
+        """Count how long a job has waited, and how wrong its prediction was."""
+        job = lease.job
+        self.wait(job.model, job.lane.value).observe(lease.waited_ms / 1000)
+        if lease.predicted_ms is not None and lease.attempt == 1:
+            error = is_off_by(lease.predicted_ms, lease.waited_ms)
+            self._prediction_error(job.model, job.lane.value).observe(error)
 
     def usage(self, model: str, usage: AnswerUsage) -> None:
         """Count the tokens of an answer."""

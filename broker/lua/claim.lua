@@ -4,8 +4,8 @@
 --       number of the engine's cache in this session (a new one is cold), then pairs: pool, lanes (comma separated).
 -- Reply: {'fenced'} if the session was declared dead (or never joined); else {'ok', parked (1 or 0), jobs handed to it so
 --       far, jobs that may be handed to it still, job, ...}, each job {id, envelope, epoch, attempt id, attempt,
---       remaining_ms, waited_ms, suspect (1 or 0)}. With fewer than n jobs the worker is parked. The same (session, seq)
---       again answers the same leases, as far as they are still held (if some are not, a wake tells the worker to claim
+--       remaining_ms, waited_ms, suspect (1 or 0), predicted wait as it came (ms, or '')}. With fewer than n jobs the worker
+--       is parked. The same (session, seq) again answers the same leases, as far as they are still held (if some are not, a wake tells the worker to claim
 --       again); an older seq nothing. A reply that grows large ends early, and a wake does the same.
 -- ``LANE_ORDERS``, ``BAND_ORDERS`` and ``REGION_FIRST`` (by turn) are made from queue_schemas/lanes.py.
 -- Invariants: 3 fence, 5 order, 6 bounded starvation, 10 no start after expiry, 13 liveness (what is left wakes the next
@@ -35,7 +35,8 @@ wanted = math.max(wanted - on_their_way, 0)
 local function add_to_reply(job)
   local fields = call('HMGET', P .. 'job:' .. job.id, 'env', 'digests')
   answer[#answer + 1] = { job.id, fields[1], tonumber(job.epoch), job.aid, tonumber(job.attempts),
-    math.max(tonumber(job.deadline) - now, 0), math.max(now - tonumber(job.at), 0), is_suspect(job) and 1 or 0 }
+    math.max(tonumber(job.deadline) - now, 0), math.max(now - tonumber(job.at), 0), is_suspect(job) and 1 or 0,
+    job.predicted }
   return fields[2] or ''
 end
 

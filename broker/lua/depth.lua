@@ -1,5 +1,6 @@
 -- How much waits and runs, per queue key, and since when the longest-waiting job waits.
--- ARGV: prefix. Reply: {{queue key, waiting, leased, oldest_age_ms}, ...}; keys with neither are left out.
+-- ARGV: prefix. Reply: {{queue key, waiting, leased, oldest_age_ms, cost of what waits, ran, ran_ms, ran_cost (lib/rates.lua)},
+-- ...}; keys where nothing waits or runs are left out.
 -- uses: clock, queue
 
 local now = now_ms()
@@ -24,6 +25,10 @@ for i = 1, #counters, 2 do -- totals of all models that ever were stand among th
   end
 end
 for _, found in ipairs(answer) do
+  local at = without_region(found[1])
+  for i, field in ipairs({ found[1] .. ':cost', at .. ':ran', at .. ':ran_ms', at .. ':ran_cost' }) do
+    found[4 + i] = counter('counters', field)
+  end
   for _, queue in ipairs(found[2] > 0 and streams_at(found[1], MAX_TENANTS) or {}) do
     found[4] = math.max(found[4], age(queue))
   end

@@ -4,15 +4,17 @@
 --       ids of attempts that are handed over ('' hands nothing over: in a repeated call), then per job:
 --       id, envelope, pool, lane, band, tenant, reply (of a persisted job: its first listener), persisted, ttl_ms,
 --       max_attempts, region, remote_after_ms, resume (1: when an attempt is lost, its Router says where it goes on; y<n>: it
---       may yield n times), cost, weight (of its tenant), and
+--       may yield n times), cost, weight (of its tenant),
+--       patience (ms that it may have to wait, by prediction; 0: it must not wait at all; '' for any), and
 --       for persisted jobs, else empty: retention_ms, digest of the idempotency key ('' for none), digest of the request,
 --       listed (1: it is kept however it ends, and stands in its tenant's list), topic (of the notice that is put on the shard's
 --       stream of ends), job metadata (opaque); and of every job the digests of its prefix ('' for none).
 -- Reply: per job 'queued' (also of one that was handed over), or the state of a job of that id that is already known
---       (tombstones included: a job cancelled before it came is void), or 'over <budget>' where nothing was written. Where
---       another job holds the idempotency key: 'other <job id> <state>', or 'mismatch' if its request is another one.
+--       (tombstones included: a job cancelled before it came is void), or 'over <budget>' or
+--       'late <predicted wait in ms, if known>' where nothing was written. A job that waits: 'queued <predicted wait>' if it
+--       is known. Where another job holds the idempotency key: 'other <job id> <state>', or 'mismatch' if its request is another one.
 -- Invariants: 1 no lost job, 2 one result, 3 fence, 4 idempotency, 8 bounded memory, 12 conservation, 13 liveness.
--- uses: affinity, counters, handoff, parking, persisted, preemption, queue
+-- uses: affinity, counters, handoff, parking, persisted, prediction, preemption, queue
 -- rarely: persist, holder, listen, add_new_entry, wake, unpark, ask_to_yield, note_start
 
 local now = now_ms()
@@ -57,7 +59,7 @@ local function persist(job, router, retention_ms, idem, request, listed, topic, 
 end
 
 local function enqueue(id, envelope, pool, lane, band, tenant, reply, persisted, ttl_ms, max, region, remote_after_ms, resume,
-    cost, weight, retention_ms, idem, request, listed, topic, metadata, digests)
+    cost, weight, patience, retention_ms, idem, request, listed, topic, metadata, digests)
   local key, size, is_persisted = P .. 'job:' .. id, string.len(envelope), persisted == '1'
   local known = load_job(id)
   if known then
@@ -74,13 +76,20 @@ local function enqueue(id, envelope, pool, lane, band, tenant, reply, persisted,
   local job = { id = id, state = 'queued', epoch = '1', aid = '', attempts = '0', max = max, owner = '', pool = pool,
     lane = for_region and lane .. '@' .. region or lane, band = band, tenant = tenant, reply = is_persisted and '' or reply,
     persisted = persisted, deadline = deadline, size = int(size), at = came_at, queue = '', entry = '', resume = resume,
-    cost = cost, weight = weight, charged = '', suspicion = '' }
+    cost = cost, weight = weight, charged = '', predicted = '', suspicion = '' }
   local at, aid, owner, entry = queue_key(job), attempt_base .. handed_over, nil, nil
   local outcome = shared .. ':affinity/'
   read('counters', { at .. ':waiting', at .. ':cost', shared .. ':enqueued', shared .. ':leased', outcome .. 'none',
     unpack(counts_for_yields(pool)) })
   if digests ~= '' then read('counters', { at .. ':wait', outcome .. 'warm', outcome .. 'cold' }) end
   if attempt_base ~= '' then owner, entry = hand_over(at, id, envelope, aid, ttl_ms, digests) end
+  if not owner then
+    local is_free = waiting(at) == 0 and most_free(at)
+    if not is_free then job.predicted = predicted_wait(job) or '' end
+    if patience ~= '' and not is_free and (patience == '0' or (tonumber(job.predicted) or 0) > tonumber(patience)) then
+      return 'late ' .. job.predicted
+    end
+  end
   if owner then
     job.state, job.lane, job.aid, job.attempts, job.owner, job.entry = 'leased', lane, aid, '1', owner.id, entry
     handed_over = handed_over + 1
@@ -92,6 +101,7 @@ local function enqueue(id, envelope, pool, lane, band, tenant, reply, persisted,
     local best = digests ~= '' and waiting(at) == 0 and most_free(at)
     local preferred = best and warmest(at, digests, best)
     add_new_entry(job, digests)
+    if own_jobs[job.queue] then own_jobs[job.queue] = own_jobs[job.queue] + 1 end
     if not wake(at, now, preferred and preferred.id) and job.lane == 'interactive' then ask_to_yield(pool, now) end
   end
   save(job, 'env', envelope, unpack(digests ~= '' and { 'digests', digests } or {}))
@@ -101,10 +111,10 @@ local function enqueue(id, envelope, pool, lane, band, tenant, reply, persisted,
   gather('ZADD', P .. 'deadlines', deadline, id)
   spend(pool, tenant, 1, size)
   add('counters', shared .. ':enqueued', 1)
-  return 'queued'
+  return job.predicted ~= '' and 'queued ' .. job.predicted or 'queued'
 end
 
 local answers = {}
-for i = 8, #ARGV, 22 do answers[#answers + 1] = enqueue(unpack(ARGV, i, i + 21)) end
+for i = 8, #ARGV, 23 do answers[#answers + 1] = enqueue(unpack(ARGV, i, i + 22)) end
 write_offers()
 return write_counters_and_return(answers)

@@ -19,6 +19,7 @@ from queue_schemas import (
     Settled,
     ShardKeys,
     State,
+    WaitTooLong,
 )
 from queue_schemas.frames import split_frames
 from queue_schemas.ids import encode_name, random_hex
@@ -32,6 +33,8 @@ from ..settings import Budgets
 
 _ATTEMPT_BASE = 5
 """Where the base of attempt ids stands among the arguments of ``enqueue``."""
+MAX_FIGURE = 10**9
+"""No attempt costs more, or runs for longer (ms)."""
 _OVERHEAD_BYTES = 256
 """What a job costs in a call besides its own bytes, roughly."""
 DEFAULT_RETENTION_MS = 24 * 3600 * 1000
@@ -45,6 +48,7 @@ class _Enqueue:
     listener: str
     options: PersistOptions
     metadata: bytes
+    patience_ms: int | None
 
 
 @record
@@ -82,11 +86,17 @@ class ShardBatches:
             self._send_releases, lambda item: len(item.reason) + len(item.envelope) + _OVERHEAD_BYTES
         )
 
-    def enqueue(self, job: Job, listener: str = "", options: PersistOptions | None = None) -> asyncio.Future[Enqueued]:
+    def enqueue(
+        self,
+        job: Job,
+        listener: str = "",
+        options: PersistOptions | None = None,
+        patience_ms: int | None = None,
+    ) -> asyncio.Future[Enqueued]:
         plain = options is None or options == PersistOptions(options.retention_ms)
         metadata = b"" if options is None or plain else options.metadata.pack()
         return self._enqueues.submit(
-            _Enqueue(job, job.pack(), listener or job.reply_to, options or _DEFAULT_OPTIONS, metadata)
+            _Enqueue(job, job.pack(), listener or job.reply_to, options or _DEFAULT_OPTIONS, metadata, patience_ms)
         )
 
     async def append(self, lease: Lease, frames: bytes) -> Settled:
@@ -127,6 +137,7 @@ class ShardBatches:
                 item.listener, int(job.persisted), job.ttl_ms, job.max_attempts,
                 encode_name(job.region), job.remote_after_ms, _resumption_of(job),
                 max(1, min(job.cost_estimate, MAX_COST)), f"{max(MIN_WEIGHT, min(job.weight, MAX_WEIGHT)):g}",
+                "" if item.patience_ms is None else item.patience_ms,
                 *(_persist_args(item) if job.persisted else _NOT_PERSISTED),
                 job.affinity,
             )  # fmt: skip
@@ -134,7 +145,7 @@ class ShardBatches:
         # it could give an attempt an id that a lost one has.
         repeat_args = [*args[:_ATTEMPT_BASE], "", *args[_ATTEMPT_BASE + 1 :]]
         answers = await self._run("enqueue", args, wait_when_full=False, repeat_args=repeat_args)
-        return [_enqueued(answer.decode(), item.job) for answer, item in zip(answers, items, strict=True)]
+        return [_enqueued(answer.decode(), item) for answer, item in zip(answers, items, strict=True)]
 
     async def _send_settles(self, items: Sequence[_Output]) -> list[Settled | Exception]:
         return await self._settle(items, retry=True)
@@ -145,7 +156,7 @@ class ShardBatches:
     async def _settle(self, items: Sequence[_Output], *, retry: bool) -> list[Settled | Exception]:
         args: list[Any] = []
         for item in items:
-            figures = ("" if figure is None else figure for figure in (item.used, item.run_ms))
+            figures = ("" if figure is None else max(0, min(figure, MAX_FIGURE)) for figure in (item.used, item.run_ms))
             args += (*attempt_of(item.lease), item.outcome.value if item.outcome else "", *figures)
             if item.lease.job.persisted:
                 run = split_frames(item.frames)
@@ -219,8 +230,25 @@ _BUDGET_SENTENCES = {
 }
 
 
-def _enqueued(answer: str, job: Job) -> Enqueued | Exception:
+def _would_wait(predicted_ms: int | None, patience_ms: int) -> WaitTooLong:
+    """The error of a request that is refused because it would wait; with a ``patience_ms`` above 0: for too long."""
+    about = "" if predicted_ms is None else f", for about {max(1, round(predicted_ms / 1000))} s"
+    why = "longer than its deadline allows" if patience_ms else "and it asks not to be queued"
+    error = WaitTooLong(
+        f"no slot is free: the request would wait{about}, {why}; send it again later, or allow it more time",
+        retry_after_s=max(1, -(-((predicted_ms or 0) - patience_ms) // 1000)),
+    )
+    if predicted_ms is not None:
+        error.details["predicted_wait_ms"] = predicted_ms
+    return error
+
+
+def _enqueued(answer: str, item: _Enqueue) -> Enqueued | Exception:
     what, _, rest = answer.partition(" ")
+    predicted_ms = int(rest) if what in ("queued", "late") and rest else None
+    if what == "late":
+        return _would_wait(predicted_ms, item.patience_ms or 0)
+    job = item.job
     match what:
         case "over" if rest == "tenant_persisted":
             return OverCapacity(
@@ -240,4 +268,4 @@ def _enqueued(answer: str, job: Job) -> Enqueued | Exception:
         case "other":
             job_id, _, state = rest.partition(" ")
             return Enqueued(JobId(job_id), State(state))
-    return Enqueued(job.id, State(answer))
+    return Enqueued(job.id, State(what), predicted_ms)

@@ -19,6 +19,7 @@ from queue_schemas import (
     shard_of_job,
 )
 from queue_schemas.keys import keys_of_job
+from scheduling.prediction import Place
 
 from ..redis.calls import Caller
 from .job_batches import ShardBatches
@@ -61,18 +62,35 @@ class Jobs:
         """
         return (await self.start_enqueue(job)).state
 
-    def start_enqueue(self, job: Job) -> asyncio.Future[Enqueued]:
-        """The same as :meth:`enqueue`, without waiting: the future's result has the state."""
-        return self._batches_for(job).enqueue(job)
+    def start_enqueue(self, job: Job, patience_ms: int | None = None) -> asyncio.Future[Enqueued]:
+        """The same as :meth:`enqueue`, without waiting: the future's result has the state, and how long the job is
+        thought to wait.
 
-    async def enqueue_persisted(self, job: Job, options: PersistOptions | None = None, listener: str = "") -> Enqueued:
+        A job that is thought to wait for more than ``patience_ms`` is refused with ``WaitTooLong``; with 0, one that
+        finds no free slot; with None, none.
+        """
+        return self._batches_for(job).enqueue(job, patience_ms=patience_ms)
+
+    async def places(self, job_ids: Sequence[JobId]) -> list[Place | None]:
+        """Where jobs of one shard stand in their queues; None for those that do not wait."""
+        keys = keys_of_job(self._keys, job_ids[0])
+        found = await self._caller.script("place", keys.budget, keys.prefix, *job_ids)
+        return [Place(place[0], place[1] if place[1] >= 0 else None) if place else None for place in found]
+
+    async def enqueue_persisted(
+        self,
+        job: Job,
+        options: PersistOptions | None = None,
+        listener: str = "",
+        patience_ms: int | None = None,
+    ) -> Enqueued:
         """Put a persisted ``job`` on its queue, or find the job that holds its idempotency key.
 
         ``options`` say what is kept of it, by default its answer for a day. ``listener`` is the session id of the
         Router that its output is sent to; for an earlier job found by its key, call ``output.attach``. Raises like
         :meth:`enqueue`, and ``IdempotencyKeyReused`` if the key belongs to another request.
         """
-        return await self._batches_for(job).enqueue(job, listener, options)
+        return await self._batches_for(job).enqueue(job, listener, options, patience_ms)
 
     async def resume(self, job: Job, epoch: int) -> State | None:
         """Put a stream that was lost under ``epoch`` back on its queue with ``job`` as its envelope, whose ``prefix``

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from queue_schemas import BrokerUnavailable, InferqError, Lane, LaneDepth, Pool, ShardKeys
 from queue_schemas.ids import decode_name
+from scheduling.prediction import LaneState, Rate, place_of
 
 from ..redis.calls import Caller, pairs
 from ..redis.shards import answers_of, on_each
@@ -45,12 +46,13 @@ class QueueStats:
         """How much waits and runs, per pool and lane; lanes with neither are left out. With ``away``, shards that do
         not answer within a second are added to it, and their pools left out, as long as one answers."""
         depths: dict[Pool, dict[Lane, LaneDepth]] = {}
+        rates: dict[Pool, dict[Lane, Rate]] = {}
 
         async def ask(keys: ShardKeys) -> Any:
             return await self._caller.script("depth", keys.budget, keys.prefix, retry=away is None)
 
         for found in await self._ask_each(ask, away):
-            for queue_key, waiting, leased, oldest in found:
+            for queue_key, waiting, leased, oldest, cost, *rate in found:
                 pool, lane, region = _parts(queue_key.decode())
                 lanes = depths.setdefault(pool, {})
                 so_far = lanes.get(lane, LaneDepth())
@@ -60,7 +62,15 @@ class QueueStats:
                     leased=so_far.leased + leased,
                     oldest_age_ms=max(so_far.oldest_age_ms, oldest),
                     by_region=by_region,
+                    cost=so_far.cost + cost,
                 )
+                rates.setdefault(pool, {})[lane] = Rate(*rate)
+        for pool, lanes in depths.items():
+            states = {
+                lane: LaneState(depth.waiting, depth.cost, depth.leased, rates[pool][lane])
+                for lane, depth in lanes.items()
+            }
+            depths[pool] = {lane: _predicted(depth, lane, states) for lane, depth in lanes.items()}
         return depths
 
     async def job_counts(self, away: set[int] | None = None) -> JobCounts:
@@ -101,6 +111,17 @@ class QueueStats:
         silent = zip(self._keys, found, strict=True)
         away |= {keys.shard for keys, answer in silent if isinstance(answer, InferqError)}
         return present
+
+
+def _predicted(depth: LaneDepth, lane: Lane, states: Mapping[Lane, LaneState]) -> LaneDepth:
+    """The depth of a lane with the wait of a job that comes now, behind all that waits there."""
+    rate = states[lane].rate
+    return depth.model_copy(
+        update={
+            "predicted_wait_ms": place_of(states, lane, depth.waiting, 1).wait_ms,
+            "ms_per_cost": round(rate.run_ms / rate.cost, 3) if rate.cost else None,
+        }
+    )
 
 
 def _parts(queue_key: str) -> tuple[Pool, Lane, str]:

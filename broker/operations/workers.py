@@ -116,14 +116,23 @@ class Workers:
         if reply[0] == b"fenced":
             raise Fenced(f"{session_id} was declared dead: join again as a new session_id")
         leases = []
-        for job_id, envelope, epoch, attempt_id, attempt, remaining_ms, waited_ms, suspect in reply[4:]:
+        for job_id, envelope, epoch, attempt_id, attempt, remaining_ms, waited_ms, suspect, predicted in reply[4:]:
             try:
                 job = Job.unpack(envelope)
             except BadRequest as error:
                 await self._refuse(keys, session_id, (job_id, epoch, attempt_id), error)
             else:
                 leases.append(
-                    Lease(job, epoch, attempt_id.decode(), attempt, remaining_ms, waited_ms, suspect=bool(suspect))
+                    Lease(
+                        job,
+                        epoch,
+                        attempt_id.decode(),
+                        attempt,
+                        remaining_ms,
+                        waited_ms,
+                        suspect=bool(suspect),
+                        predicted_ms=int(predicted) if predicted else None,
+                    )
                 )
         return Claimed(tuple(leases), parked=reply[1] == 1, handed_over=reply[2], offered=reply[3])
 

@@ -28,7 +28,7 @@ _USES = re.compile(r"^-- uses: (.+)$", re.MULTILINE)
 
 RECORD = (
     *("state", "epoch", "aid", "attempts", "max", "owner", "pool", "lane", "band", "tenant", "reply", "persisted"),
-    *("deadline", "size", "at", "queue", "entry", "resume", "cost", "weight", "charged"),
+    *("deadline", "size", "at", "queue", "entry", "resume", "cost", "weight", "charged", "predicted"),
 )
 """What the record of every job says, in one field of words; none of them has a space."""
 _TOMBSTONE_WORDS = 3

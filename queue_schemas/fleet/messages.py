@@ -278,6 +278,13 @@ class LaneDepth(_Message):
     by_region: dict[str, int] = Field(
         default_factory=dict, description="of those waiting, the ones whose region's workers go first"
     )
+    cost: int = Field(default=0, description="what those waiting are thought to cost, in units of one prompt token")
+    ms_per_cost: float | None = Field(
+        default=None, description="for how long a slot was taken for each unit, of late; null while unknown"
+    )
+    predicted_wait_ms: int | None = Field(
+        default=None, description="until a job starts that comes now, behind all that waits here; null while unknown"
+    )
 
 
 class PoolDepth(_Message):

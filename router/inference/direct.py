@@ -51,7 +51,7 @@ class DirectAnswer:
             self._go_on(None)
         else:
             self._enqueued = None
-            self._relay.begun(self._exchange.request, enqueued.result().state)
+            self._relay.begun(self._exchange.request, enqueued.result())
 
     def _advance(self) -> None:
         exchange = self._exchange

@@ -17,6 +17,7 @@ from queue_schemas import (
     RequestTimeout,
     Tenant,
 )
+from scheduling.prediction import Place
 from telemetry import get_logger
 
 from ..http.bodies import ClientGone
@@ -71,7 +72,9 @@ class OpenRequest:
         "live_buffer",
         "merger",
         "on_news",
+        "patience_ms",
         "persist_options",
+        "place",
         "received",
         "resubmissions",
         "resubmit_at_s",
@@ -101,6 +104,10 @@ class OpenRequest:
         self.disconnect_reason = "left"
         self.resubmissions = 0
         self.body_bytes = 0
+        self.patience_ms: int | None = None
+        """How long its job may have to wait, by prediction, to be taken in; None: for any time, or it was."""
+        self.place: tuple[Place, float] | None = None
+        """Where its job stood in its queue, and when that was."""
         self.persist_options = _NOT_PERSISTED
         """How the output of its job is kept, if it is."""
         # Of a persisted job:

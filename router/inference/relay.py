@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import replace
 from enum import Enum
 from time import monotonic
@@ -25,6 +26,7 @@ from queue_schemas import (
     StreamBroken,
     new_job_id,
 )
+from scheduling.prediction import Place
 from telemetry import get_logger
 
 from ..http.bodies import ClientGone
@@ -76,6 +78,7 @@ class Relay:
         self._metrics = metrics
         self._catch_up = catch_up
         self._loop = asyncio.get_running_loop
+        self._locating: set[asyncio.Task[None]] = set()
 
     async def enqueue(self, request: OpenRequest, job: Job) -> State:
         """Queue an ordinary ``job`` for ``request``. Raises ``OverCapacity`` and whatever the queue raises."""
@@ -84,13 +87,13 @@ class Relay:
     async def confirm(self, request: OpenRequest, enqueued: asyncio.Future[Enqueued]) -> State:
         """Wait until the job of ``request`` is on the queue. Raises like :meth:`enqueue`."""
         try:
-            state = (await request.within_deadline(enqueued)).state
+            found = await request.within_deadline(enqueued)
         except InferqError as error:
             if isinstance(error, OverCapacity | BrokerFull) and request.merger is not None:
                 request.merger.settled = True  # nothing was written: there is nothing to cancel
             raise
-        self._enqueued(request, state)
-        return state
+        self._enqueued(request, found)
+        return found.state
 
     def begin(self, request: OpenRequest, job: Job) -> asyncio.Future[Enqueued]:
         """Queue an ordinary ``job`` for a ``request`` without a task. Call :meth:`begun` when the future has a result;
@@ -99,18 +102,21 @@ class Relay:
         request.begin_call()
         return enqueued
 
-    def begun(self, request: OpenRequest, state: State) -> None:
+    def begun(self, request: OpenRequest, found: Enqueued) -> None:
         """What began with :meth:`begin` is on the queue."""
         request.forbid_interrupt()
-        self._enqueued(request, state)
+        self._enqueued(request, found)
 
     def _enqueue(self, request: OpenRequest, job: Job) -> asyncio.Future[Enqueued]:
         request.start_deadline(job.ttl_ms, self._loop().time())
         self._requests.attach(request, job)
-        return self._link.ready_queue().jobs.start_enqueue(job)
+        patience_ms, request.patience_ms = request.patience_ms, None
+        return self._link.ready_queue().jobs.start_enqueue(job, patience_ms)
 
-    def _enqueued(self, request: OpenRequest, state: State) -> None:
-        if state in TERMINAL:
+    def _enqueued(self, request: OpenRequest, found: Enqueued) -> None:
+        if found.predicted_ms is not None:
+            request.place = (Place(None, found.predicted_ms), self._loop().time())
+        if found.state in TERMINAL:
             request.resubmit_at_s = self._loop().time() + RESUBMIT_AFTER_S
 
     def advance(self, request: OpenRequest, writer: ResponseWriter) -> Step:
@@ -129,7 +135,7 @@ class Relay:
             writer.write_now(head, data)
         if request.keepalive_due:
             request.keepalive_due = False
-            if (text := self._keepalive_text(job, merger)) is not None:
+            if (text := self._keepalive_text(request, job, merger)) is not None:
                 request.last_sent_s = self._loop().time()
                 writer.comment_now(text)
         return Step.RELAYED
@@ -213,19 +219,34 @@ class Relay:
         request.begun = True
         request.last_sent_s = now
 
-    def _keepalive_text(self, job: Job, merger: AttemptMerger) -> str | None:
+    def _keepalive_text(self, request: OpenRequest, job: Job, merger: AttemptMerger) -> str | None:
         """The comment for a silent connection; None within an event, where it would be a part of it."""
         if merger.mid_event:
             return None
-        if merger.untouched and not self._link.directory.workers_of(job.model):
+        if not merger.untouched:
+            return QUEUED
+        if not self._link.directory.workers_of(job.model):
             return f"waiting for a worker that serves {job.model}"
-        return QUEUED
+        self._locate(request, job)
+        return f"{QUEUED}{_place_text(request.place, self._loop().time())}"
+
+    def _locate(self, request: OpenRequest, job: Job) -> None:
+        """Ask where the job stands, for the next comment: this one cannot wait for the answer."""
+
+        async def ask() -> None:
+            with suppress(InferqError):
+                (place,) = await self._link.ready_queue().jobs.places([job.id])
+                request.place = None if place is None else (place, self._loop().time())
+
+        task = self._loop().create_task(ask(), name="place")
+        self._locating.add(task)
+        task.add_done_callback(self._locating.discard)
 
     async def _send_keepalive(
         self, request: OpenRequest, job: Job, merger: AttemptMerger, writer: ResponseWriter
     ) -> None:
         request.keepalive_due = False
-        text = self._keepalive_text(job, merger)
+        text = self._keepalive_text(request, job, merger)
         if text is None:
             return
         request.sending_since_s = request.last_sent_s = self._loop().time()
@@ -317,3 +338,14 @@ class Relay:
                 "worker for it, or ask for a longer deadline"
             )
         return DeadlineExceeded(f"{error.message}; its limit was {limit}: allow it more time, or ask for less")
+
+
+def _place_text(found: tuple[Place, float] | None, now_s: float) -> str:
+    """What a waiting client is told of its place, as it was some time ago."""
+    if found is None:
+        return ""
+    place, at_s = found
+    jobs = "" if place.jobs_ahead is None else f", position {place.jobs_ahead + 1}"
+    if place.wait_ms is None:
+        return jobs
+    return f"{jobs}, about {max(1, round(place.wait_ms / 1000 - (now_s - at_s)))} s until it starts"

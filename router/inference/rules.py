@@ -24,6 +24,7 @@ from queue_schemas.records import record
 DEADLINE_HEADER = "x-inferq-deadline-ms"
 ON_LOSS_HEADER = "x-inferq-on-loss"
 BACKGROUND_HEADER = "x-inferq-background"
+DO_NOT_QUEUE_HEADER = "x-inferq-do-not-queue"
 RESUMABLE_HEADER = "x-inferq-resumable"
 SESSION_HEADER = "x-session-id"
 """A client's name for a conversation, whose requests go to one worker where that is free."""

@@ -14,6 +14,7 @@ from starlette.types import Send
 from openai_api.paths import RESPONSES_PATH
 from queue_schemas import Enqueued, Job, OnLoss, PersistOptions, StreamBroken, Tenant, new_job_id
 from queue_schemas.records import record
+from scheduling.prediction import patience_ms
 from scheduling.service_tiers import used_tier
 from telemetry import get_logger
 from telemetry.http.content_coding import CONTENT_ENCODING
@@ -34,6 +35,7 @@ from .request_fields import RequestFields, read_fields
 from .rules import (
     BACKGROUND_HEADER,
     DEADLINE_HEADER,
+    DO_NOT_QUEUE_HEADER,
     ON_LOSS_HEADER,
     RESUMABLE_HEADER,
     SESSION_HEADER,
@@ -49,6 +51,7 @@ _ON_LOSS = ON_LOSS_HEADER.encode()
 _IDEMPOTENCY = IDEMPOTENCY_HEADER.encode()
 _BACKGROUND = BACKGROUND_HEADER.encode()
 _RESUMABLE = RESUMABLE_HEADER.encode()
+_DO_NOT_QUEUE = DO_NOT_QUEUE_HEADER.encode()
 _LAST_EVENT = b"last-event-id"
 _SESSION = SESSION_HEADER.encode()
 _UNUSUAL = frozenset({CONTENT_ENCODING, _IDEMPOTENCY, _BACKGROUND, _RESUMABLE})
@@ -85,6 +88,8 @@ class PreparedRequest:
     client_grace_s: float
     last_event_id: bytes
     tier: str
+    patience_ms: int | None
+    """How long it may have to wait, by prediction, to be taken in; 0: not at all; None: for any time."""
 
 
 class InferenceService:
@@ -181,6 +186,7 @@ class InferenceService:
             deadline.client_grace_s,
             headers.get(_LAST_EVENT, b""),
             tier,
+            None if background else self._patience_ms(headers, deadline),
         )
 
     def resumable_writer(self, prepared: PreparedRequest, send: Send, request_id: bytes, path: str) -> ResponseWriter:
@@ -199,14 +205,14 @@ class InferenceService:
 
     def begin(self, request: OpenRequest, prepared: PreparedRequest) -> asyncio.Future[Enqueued]:
         """Put the job of an ordinary request on the queue, without waiting. Raises ``BrokerUnavailable``."""
-        request.client_grace_s = prepared.client_grace_s
+        request.client_grace_s, request.patience_ms = prepared.client_grace_s, prepared.patience_ms
         request.merger = self._merger(prepared)
         request.connection.watch(request.client_disconnected)
         return self._relay.begin(request, prepared.job)
 
     async def answer(self, request: OpenRequest, prepared: PreparedRequest, writer: ResponseWriter) -> None:
         """Put the job on the queue and relay its answer to its end. Raises ``ClientGone``, and the error to answer."""
-        request.client_grace_s = prepared.client_grace_s
+        request.client_grace_s, request.patience_ms = prepared.client_grace_s, prepared.patience_ms
         job = prepared.job
         if prepared.background:
             if not await self._accept(prepared, request, writer):
@@ -290,6 +296,13 @@ class InferenceService:
             choices=fields.choices,
             persisted=job.persisted,
         )
+
+    def _patience_ms(self, headers: dict[bytes, bytes], deadline: Deadline) -> int | None:
+        if _DO_NOT_QUEUE in headers and read_flag(headers[_DO_NOT_QUEUE], DO_NOT_QUEUE_HEADER):
+            return 0
+        if self._settings.admission == "off":
+            return None
+        return patience_ms(deadline.limit_ms, self._settings.admission_margin)
 
     def _is_resumable(self, headers: dict[bytes, bytes]) -> bool:
         if _RESUMABLE in headers:

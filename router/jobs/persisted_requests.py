@@ -204,9 +204,11 @@ class PersistedRequests:
         request.catching_up = False
         self._requests.attach(request, job)
         link = self._link
+        patience_ms, request.patience_ms = request.patience_ms, None
         try:
+            jobs = link.ready_queue().jobs
             found = await request.within_deadline(
-                link.ready_queue().jobs.enqueue_persisted(job, request.persist_options, link.session_id)
+                jobs.enqueue_persisted(job, request.persist_options, link.session_id, patience_ms)
             )
         except (IdempotencyKeyReused, OverCapacity, BrokerFull):
             if request.merger is not None:

@@ -66,7 +66,7 @@ def job_routes(jobs: JobService, streamer: OutputStreamer, gate: Gate) -> APIRou
     async def get(request: Request, job_id: str) -> JSONResponse:
         job = await find(request, job_id)
         if job.state not in PERSISTED_STATES:
-            return JSONResponse(job_object(job))
+            return JSONResponse(job_object(job, place=await jobs.place(job)))
         try:
             return JSONResponse(job_object(job, await jobs.answer(job)))
         except JobNotFound:

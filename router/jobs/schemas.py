@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field
 
 from openai_api.errors import ErrorDetail
 from queue_schemas import InferqError, MarkerKind, PersistedJob, State
+from scheduling.prediction import Place
 
 from ..http.response_head import ResponseHead
 from ..inference.rules import ending_error
@@ -50,6 +51,8 @@ class JobObject(BaseModel):
     stream: bool
     request_id: str | None
     attempts: int = Field(description="How often it was started")
+    queue_position: int | None = Field(description="Its place among what waits, from 1; null if it does not wait")
+    predicted_wait_ms: int | None = Field(description="Until it starts; null if that is unknown, or it does not wait")
     created_at: int
     started_at: int | None
     ended_at: int | None
@@ -79,7 +82,7 @@ def error_of(job: PersistedJob) -> InferqError | None:
     return ending_error(MarkerKind(job.state.value), job.cause)
 
 
-def job_object(job: PersistedJob, response: dict[str, Any] | None = None) -> dict[str, Any]:
+def job_object(job: PersistedJob, response: dict[str, Any] | None = None, place: Place | None = None) -> dict[str, Any]:
     """A job as JSON. Times in seconds since 1970, null where there is none yet."""
     error = error_of(job)
     return {
@@ -91,6 +94,8 @@ def job_object(job: PersistedJob, response: dict[str, Any] | None = None) -> dic
         "stream": job.metadata.stream,
         "request_id": job.metadata.request_id or None,
         "attempts": job.attempts,
+        "queue_position": None if place is None or place.jobs_ahead is None else place.jobs_ahead + 1,
+        "predicted_wait_ms": place and place.wait_ms,
         "created_at": job.created_ms // 1000,
         "started_at": _seconds(job.started_ms),
         "ended_at": _seconds(job.ended_ms),

@@ -23,6 +23,7 @@ from queue_schemas import (
     State,
     Tenant,
 )
+from scheduling.prediction import Place
 from telemetry import get_logger
 
 from ..http.connection import Connection
@@ -91,6 +92,13 @@ class JobService:
         """A job; None if there is none of that id, or it is not the tenant's."""
         found = await self._link.ready_queue().persisted_jobs.get(job_id)
         return found if found is not None and found.tenant == tenant else None
+
+    async def place(self, job: PersistedJob) -> Place | None:
+        """Where a job stands in its queue; None if it does not wait."""
+        if job.state is not State.QUEUED:
+            return None
+        (place,) = await self._link.ready_queue().jobs.places([job.id])
+        return place
 
     async def page(
         self, tenant: Tenant, *, after: str = "", limit: int = 20, states: Iterable[State] = ()

@@ -38,7 +38,7 @@ from queue_schemas.lifecycle import TERMINAL, TRANSITIONS
 from queue_schemas.persisted_output import key_digest, request_digest
 from scheduling.affinity import WarmTable, choose, patience_ms, takes_warm
 from scheduling.fairness import Band, charge_of, units
-from scheduling.prediction import Rate
+from scheduling.prediction import LaneState, Rate, place_of
 from scheduling.preemption import Yieldable, victim, yields_wanted
 
 from .model_records import SUSPECT, DeadLetter, Effects, Kept, Line, Live, Place, Run, Snapshot, Tombstone, require
@@ -126,6 +126,8 @@ class Model:
             self._hand_over(live, taker, attempt_id)
             return State.QUEUED
         require(not taker, f"{job.id} was handed to {taker}, which has offered nothing, or is not its turn")
+        if not (takers and is_first):
+            live.predicted_ms = self._predicted(live)
         self._stand(live, Line("fresh", place, job.band, job.tenant))
         if job.affinity:
             self.waits[place] = self.waits[place] or 1
@@ -492,7 +494,7 @@ class Model:
             budgets=dict(budgets),
             waiting=dict(Counter(live.place for live in self.live.values() if live.state is State.QUEUED)),
             costs=self._costs(),
-            rates=dict(self.rates),
+            rates={place: rate for place, rate in self.rates.items() if rate.jobs},
             bands={where: band for where, band in self.bands.items() if band != Band()},
             leased=dict(Counter(live.place for live in self.live.values() if live.state is State.LEASED)),
             totals=dict(self.totals),
@@ -521,6 +523,19 @@ class Model:
             waits=dict(self.waits),
             affinities=dict(self.affinities),
         )
+
+    def _predicted(self, live: Live) -> int | None:
+        """How long a new job is thought to wait."""
+        place, band, costs = live.place, live.job.band, self._costs()
+        lanes = {}
+        for lane in Lane:
+            at = Place(place.pool, lane)
+            waiting = self.waiting(at) - (lane is place.lane)  # it is not in its line yet
+            leased = sum(one.place == at and one.state is State.LEASED for one in self.live.values())
+            cost = costs.get(at, 0) - (cost_of(live.job) if lane is place.lane else 0)
+            lanes[lane] = LaneState(waiting, cost, leased, self.rates[at])
+        own = len(self.lines.get(Line("fresh", place, band, live.job.tenant), ()))
+        return place_of(lanes, place.lane, own, len(self._fresh_lines(place, band))).wait_ms
 
     def _costs(self) -> dict[Place, int]:
         costs: Counter[Place] = Counter()
@@ -638,7 +653,7 @@ class Model:
         live = self.live[lease.job.id]
         told = Lease(
             live.job, live.epoch, live.attempt_id, live.attempts, max(live.deadline - self.now, 0),
-            self.now - live.enqueued_at, suspect=live.is_suspect,
+            self.now - live.enqueued_at, suspect=live.is_suspect, predicted_ms=live.predicted_ms,
         )  # fmt: skip
         require(lease == told, f"the lease should be {told}")
 

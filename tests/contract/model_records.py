@@ -67,6 +67,8 @@ class Live:
     started_at: int = 0
     asked_at: int | None = None
     """When its attempt was asked to yield."""
+    predicted_ms: int | None = None
+    """How long it was thought to wait as it came."""
     charged: float | None = None
     """What its tenant was charged for the attempt that runs."""
     is_unread: bool = False

@@ -120,7 +120,8 @@ class Previous:
             job.id, job.pack(), encode_name(job.model), job.lane.value, job.band, encode_name(job.tenant),
             job.reply_to, int(job.persisted), job.ttl_ms, job.max_attempts,
             encode_name(job.region), job.remote_after_ms,
-            int(job.on_loss == "continue" and job.stream), max(job.cost_estimate, 1), job.weight, *("",) * 6,
+            int(job.on_loss == "continue" and job.stream), max(job.cost_estimate, 1), job.weight, "", *("",) * 6,
+            job.affinity,
         )  # fmt: skip
         return str(answer.decode())
 
@@ -131,11 +132,11 @@ class Previous:
         seq, turn = self._claims[worker]
         base = f"previous{next(_ATTEMPTS)}"
         lanes = ",".join(LANES)
-        reply = await self._run("claim", worker, seq + 1, turn, 1, 0, 0, base, 30_000, "", encode_name(MODEL), lanes)
+        reply = await self._run("claim", worker, seq + 1, turn, 1, 0, 0, base, 30_000, "", 0, encode_name(MODEL), lanes)
         assert reply[0] == b"ok"
         leases = [
             Lease(Job.unpack(envelope), epoch, attempt_id.decode(), attempt, remaining_ms, waited_ms)
-            for _, envelope, epoch, attempt_id, attempt, remaining_ms, waited_ms, _ in reply[4:]
+            for _, envelope, epoch, attempt_id, attempt, remaining_ms, waited_ms, *_ in reply[4:]
         ]
         self._claims[worker] = (seq + 1, turn + len(leases))
         return leases

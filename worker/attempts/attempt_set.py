@@ -82,7 +82,7 @@ class Attempts:
         for lease in leases:
             attempt = Attempt(lease, now)
             job = lease.job
-            self._metrics.wait(job.model, job.lane.value).observe(lease.waited_ms / 1000)
+            self._metrics.started(lease)
             self._running[lease.attempt_id] = attempt
             self._interactive_count += job.lane is Lane.INTERACTIVE
             self._idle.clear()

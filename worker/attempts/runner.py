@@ -10,8 +10,7 @@ from dataclasses import replace
 from broker import Broker
 from openai_api.completions.whole_answer import WholeAnswer, streamed
 from openai_api.sse import EVENT_STREAM
-from queue_schemas import BadRequest, EngineFailed, InferqError, Job, Outcome, Pool
-from queue_schemas.errors import deadline_passed
+from queue_schemas import BadRequest, DeadlineExceeded, EngineFailed, InferqError, Job, Outcome, Pool
 from telemetry import get_logger, inject
 
 from ..core import Continuation, Retry, RetryLater, judge_answer, judge_failure, judge_server_error
@@ -219,7 +218,7 @@ class AttemptRunner:
                 return None
             case StopReason.DEADLINE:
                 # The queue expires late jobs as well, but only each second.
-                error = deadline_passed("while it ran", attempt.lease.job.deadline_from)
+                error = _deadline_passed("while it ran", attempt.lease.job.deadline_from)
                 unsent = await attempt.sender.close() if attempt.sender is not None else b""
                 return Settle(Outcome.EXPIRED, unsent + attempt.cutter.fail(error))
             case StopReason.YIELDS:
@@ -265,3 +264,12 @@ class AttemptRunner:
 def _may_yield(job: Job) -> bool:
     """Whether what it says is kept somewhere when it yields: in the job itself, or in its output."""
     return job.yields > 0 and (job.persisted or not job.stream)
+
+
+def _deadline_passed(where: str, limit: str) -> DeadlineExceeded:
+    """``where`` says where the time ran out ("in the queue"); ``limit`` is the job's ``deadline_from``."""
+    named = f" of {limit}" if limit else ""
+    return DeadlineExceeded(
+        f"the request's time{named} ran out {where}; the same request would end the same way: allow it more time "
+        "(x-inferq-deadline-ms, or the client's own time-out), or ask for less"
+    )

@@ -4,7 +4,9 @@
 -- leased job that was handed over: the control message. A waiting job waits at a queue key: ``<pool>:<lane>``, or
 -- ``<pool>:<lane>@<region>`` while only workers of that region may run it: until ``eligible_at``, and not any more once it
 -- was leased. ``cost``: units of one prompt token that it is thought to cost (scheduling/cost.py), ``weight``: its tenant's
--- share, ``charged``: what its tenant was charged for the attempt that runs ('' for nothing). ``pack_record`` and ``parse_record`` are made from broker/redis/scripts.py.
+-- share, ``charged``: what its tenant was charged for the attempt that runs ('' for nothing), ``predicted``: how long it was
+-- thought to wait as it came (ms; '' if unknown, or if it did not wait). ``pack_record`` and ``parse_record`` are made from
+-- broker/redis/scripts.py.
 -- uses: shard, record_format
 
 -- Writes a job's record, and more fields beside it.

@@ -1,0 +1,44 @@
+-- How long a job will wait: what is thought to go before it, at the pace of late, over the slots that are taken now.
+-- ``scheduling/prediction.py`` says the same, and why.
+-- uses: records, counters
+-- rarely: predicted_wait
+
+local KINDS = { ':waiting', ':cost', ':leased', ':ran', ':ran_ms', ':ran_cost' }
+local LANES = { 'interactive', 'background', 'batch' }
+local KNOWN_JOBS, LANE_CYCLE = 8, 16
+local own_jobs = {} -- by waiting stream: how many wait there, as far as this call has asked
+
+-- Of a job that comes to its queue key now, or before which ``own`` of its stream wait: the ms until it starts, nil if too
+-- little was seen or nothing runs; and how many jobs go before it.
+local function predicted_wait(job, own)
+  local fields, sums, lane_of, is_above = {}, {}, without_region(job.lane), true
+  for _, lane in ipairs(LANES) do
+    for _, kind in ipairs(KINDS) do fields[#fields + 1] = job.pool .. ':' .. lane .. kind end
+  end
+  read('counters', fields)
+  local ahead, jobs, below = 0, 0, 0
+  for _, lane in ipairs(LANES) do
+    local at = job.pool .. ':' .. lane
+    for _, kind in ipairs(KINDS) do sums[kind] = (sums[kind] or 0) + counter('counters', at .. kind) end
+    if lane == lane_of then
+      is_above = false
+    elseif is_above then
+      ahead, jobs = ahead + counter('counters', at .. ':cost'), jobs + waiting(at)
+    elseif waiting(at) > 0 then
+      below = below + 1
+    end
+  end
+  local at = queue_key(job)
+  local in_lane, tenants, of_band = waiting(at), 1, at .. ':' .. job.band
+  local queue = job.queue ~= '' and job.queue or 'q:' .. of_band .. ':' .. job.tenant
+  if in_lane > 0 and string.sub(queue, 1, 2) == 'q:' then
+    own = own or own_jobs[queue] or call('XLEN', P .. queue)
+    own_jobs[queue], tenants = own, call('ZCARD', P .. 'active:' .. of_band)
+  end
+  local before = math.min((own or 0) * tenants, in_lane)
+  if in_lane > 0 then ahead = ahead + counter('counters', at .. ':cost') * before / in_lane end
+  if sums[':ran'] < KNOWN_JOBS or sums[':ran_cost'] < 1 or sums[':leased'] < 1 then return nil, jobs + before end
+  local pace, half = sums[':ran_ms'] / sums[':ran_cost'], sums[':ran_ms'] / sums[':ran'] / 2
+  local wait = (ahead * pace * LANE_CYCLE / (LANE_CYCLE - below) + half) / sums[':leased']
+  return math.floor(wait), jobs + before
+end
