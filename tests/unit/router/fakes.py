@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
@@ -37,6 +37,7 @@ from queue_schemas import (
 )
 from router import RouterApp, RouterSettings, build_router
 from router.ports import Deliver, ManagerPort
+from scheduling.prediction import Place
 
 SSE = "text/event-stream; charset=utf-8"
 LIMIT_S = 5.0
@@ -94,6 +95,8 @@ class FakeQueue:
         self.state = State.QUEUED
         self.job_status: JobStatus | None = None
         """The status of every job; None: queued, in an epoch above the one asked about."""
+        self.place: Place | None = None
+        """Where each job stands."""
         self.hold_enqueue = False
         """Whether enqueues wait until :attr:`enqueues_released`."""
         self.enqueues_released = asyncio.Event()
@@ -108,7 +111,7 @@ class FakeQueue:
     def shard_of(self, pool: str) -> int:
         return 0
 
-    def start_enqueue(self, job: Job) -> asyncio.Future[Enqueued]:
+    def start_enqueue(self, job: Job, patience_ms: int | None = None) -> asyncio.Future[Enqueued]:
         async def enqueue() -> Enqueued:
             return Enqueued(job.id, await self.enqueue(job))
 
@@ -125,13 +128,18 @@ class FakeQueue:
         self.enqueued.put_nowait(job)
         return self.state
 
-    async def enqueue_persisted(self, job: Job, options: PersistOptions | None = None, listener: str = "") -> Enqueued:
+    async def enqueue_persisted(
+        self, job: Job, options: PersistOptions | None = None, listener: str = "", patience_ms: int | None = None
+    ) -> Enqueued:
         assert options is not None
         state = await self.enqueue(job)
         self.persist_options[job.id] = options
         found = self.holder or Enqueued(job.id, state)
         self.persisted.setdefault(found.job_id, persisted_job(job, options))
         return found
+
+    async def places(self, job_ids: Sequence[JobId]) -> list[Place | None]:
+        return [self.place] * len(job_ids)
 
     async def get(self, job_id: str) -> PersistedJob | None:
         return self.persisted.get(JobId(job_id))

@@ -56,7 +56,7 @@ class FakeTransport(asyncio.Transport):
 class ReadyQueue(FakeQueue):
     """Answers every enqueue at once."""
 
-    def start_enqueue(self, job: Job) -> asyncio.Future[Enqueued]:
+    def start_enqueue(self, job: Job, patience_ms: int | None = None) -> asyncio.Future[Enqueued]:
         self.last = job
         answered: asyncio.Future[Enqueued] = asyncio.get_running_loop().create_future()
         answered.set_result(Enqueued(job.id, State.QUEUED))
