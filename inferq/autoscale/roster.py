@@ -114,8 +114,8 @@ class Roster:
         self._seen = set(staying)
         self._new &= staying
         for worker_id in staying & serving:
-            since = self._idle_since.pop(worker_id, now_ms)
-            if worker_id in self._new:
-                self._new.discard(worker_id)
+            since = self._idle_since.pop(worker_id, None)
+            if worker_id in self._new and since is not None:  # not one that was ready when it was first seen
                 self._starts_ms.append(now_ms - since)
+            self._new.discard(worker_id)
         self._idle_since = {worker_id: self._idle_since.get(worker_id, now_ms) for worker_id in staying - serving}
