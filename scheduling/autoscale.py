@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from queue_schemas import Lane, PoolDepth
+from queue_schemas import Lane, LaneDepth, PoolDepth
 
 MAX_REPLICAS = 100_000
 _MAX_COUNT = 2**40
@@ -45,12 +45,22 @@ class PoolLoad:
 
 
 def load_of(pool: PoolDepth) -> PoolLoad:
-    """What a Router or Manager says of a pool, as a load."""
+    """What a Router or Manager says of a pool, as a load. How long a job of a lane keeps its slot follows from what
+    those waiting there are thought to cost, and from how long jobs of that cost took of late."""
     lanes = {
-        lane: LaneLoad(waiting=depth.waiting, leased=depth.leased, oldest_age_ms=depth.oldest_age_ms)
+        lane: LaneLoad(
+            waiting=depth.waiting, leased=depth.leased, oldest_age_ms=depth.oldest_age_ms, run_ms=_run_ms(depth)
+        )
         for lane, depth in pool.lanes.items()
     }
     return PoolLoad(lanes, workers=pool.workers, slots=pool.slots)
+
+
+def _run_ms(depth: LaneDepth) -> float | None:
+    """The average of those waiting; None while it is unknown."""
+    if depth.waiting < 1 or depth.cost < 1 or not depth.ms_per_cost:
+        return None
+    return depth.cost * depth.ms_per_cost / depth.waiting
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

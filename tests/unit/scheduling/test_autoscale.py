@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from queue_schemas import LANES, Lane
+from queue_schemas import LANES, Lane, LaneDepth
+from queue_schemas.fleet.pools import pool_depth
 from scheduling.autoscale import (
     Candidate,
     Decision,
@@ -19,6 +20,7 @@ from scheduling.autoscale import (
     Stabilizer,
     Wish,
     drain_order,
+    load_of,
     replicas_wanted,
 )
 
@@ -118,6 +120,18 @@ def test_known_run_times_let_slots_be_used_again() -> None:
     assert wanted(PoolLoad(interactive(30, run_ms=1_000_000)), WIDE) == math.ceil(30 / 4)
     batch = LaneLoad(waiting=610, run_ms=10_000)
     assert wanted(PoolLoad({Lane.BATCH: batch})) == math.ceil(610 / 61 / 4)
+
+
+def test_run_times_follow_from_the_cost_of_what_waits() -> None:
+    """And from how long jobs of that cost took of late: thirty jobs of 200 units, 5 ms each, run for a second each."""
+    depth = LaneDepth(waiting=30, leased=2, oldest_age_ms=70, cost=6_000, ms_per_cost=5.0)
+    load = load_of(pool_depth("m", {Lane.INTERACTIVE: depth}, workers=2, slots=8))
+    assert load.lanes[Lane.INTERACTIVE] == LaneLoad(30, 2, 70, run_ms=1_000.0)
+    assert (load.workers, load.slots) == (2, 8)
+    assert wanted(load) == math.ceil(32 / 3 / 4)
+    for unknown in ({"cost": 0}, {"ms_per_cost": None}, {"ms_per_cost": 0.0}, {"waiting": 0}):
+        blind = load_of(pool_depth("m", {Lane.BATCH: depth.model_copy(update=unknown)}, workers=2, slots=8))
+        assert blind.lanes[Lane.BATCH].run_ms is None
 
 
 def test_a_near_deadline_makes_a_batch_urgent() -> None:
