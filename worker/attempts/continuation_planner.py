@@ -22,6 +22,8 @@ from ..engines import Engine, EngineCall, new_call_id
 
 TOKENIZE_LIMIT_S = 5.0
 PROBE_TTL_S = 300.0
+RETRY_PROBE_S = 10.0
+"""The same where the engine did not answer."""
 _MAX_ANSWER_BYTES = 16 << 20
 _PROBE = "The"
 
@@ -78,7 +80,7 @@ async def plan_continuation(engine: Engine, job: Job) -> Continuation:
 
 class ContinuationProbe:
     """Finds out whether ``engine`` continues answers at all, by asking as for one that has just begun, before anything
-    is said that would be lost. What was found counts for ``PROBE_TTL_S``."""
+    is said that would be lost. What was found counts for ``PROBE_TTL_S``; it is asked once, not by each attempt."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -91,13 +93,14 @@ class ContinuationProbe:
         async with self._locks[key]:
             found, until = self._found.get(key, (False, -inf))
             if now() >= until:
+                found, ttl_s = True, PROBE_TTL_S
                 try:
                     await plan_continuation(self._engine, replace(job, prefix=job.prefix or _PROBE))
-                    found = True
                 except (NotContinuable, EngineFailed) as error:
                     found = False
+                    ttl_s = PROBE_TTL_S if isinstance(error, NotContinuable) else RETRY_PROBE_S
                     log.warning("jobs_do_not_yield", model=job.model, path=job.path, error=str(error))
-                self._found[key] = (found, now() + PROBE_TTL_S)
+                self._found[key] = (found, now() + ttl_s)
             return found
 
 

@@ -14,11 +14,12 @@ import pytest
 from broker import Broker
 from openai_api.completions.whole_answer import MAX_PREFIX_BYTES
 from openai_api.sse import DONE_EVENT, encode_json
-from queue_schemas import CONTINUED, HEAD, Job, Lane, Lease, Outcome
+from queue_schemas import CONTINUED, HEAD, EngineFailed, Job, Lane, Lease, Outcome
 from scheduling.preemption import YieldPolicy
 from tests.support.queue import MODEL
 from tests.support.waiting import eventually
 from tests.unit.worker.attempts.scripted_engine import SSE, Answer, Bench, lease, plain
+from worker.attempts.continuation_planner import RETRY_PROBE_S, ContinuationProbe
 from worker.core import Slots
 from worker.engines import EngineAnswer, EngineCall
 from worker.preemption import Preemption
@@ -43,6 +44,8 @@ class Engine:
 
     def __init__(self, bench: Bench, *answers: Answer, continues: bool = True) -> None:
         self.asked: list[dict[str, Any]] = []
+        self.probes = 0
+        """How often it was asked for the tokens of a prompt."""
         self._engine = bench.engine
         self._call = bench.engine.call
         self._answers = list(answers)
@@ -51,6 +54,7 @@ class Engine:
     @asynccontextmanager
     async def call(self, call: EngineCall) -> AsyncIterator[EngineAnswer]:
         request = orjson.loads(call.body)
+        self.probes += call.path == "/tokenize"
         if call.path == "/tokenize":
             text = "".join(message["content"] for message in request["messages"])
             self._engine.answer = plain(200 if self._continues else 404, orjson.dumps({"tokens": list(map(ord, text))}))
@@ -102,6 +106,24 @@ async def test_a_line_is_asked_for_as_a_stream_and_answered_whole() -> None:
     assert scene.answer["object"] == "chat.completion"
     assert scene.answer["choices"][0]["message"]["content"] == "Once upon"
     assert scene.answer["usage"]["completion_tokens"] == 2
+
+
+async def test_an_engine_is_asked_once_whether_it_continues() -> None:
+    """Not for each line; and again soon if it did not answer."""
+    scene = Scene(*(Answer(200, SSE, [said("Once", "stop"), end(1)]) for _ in range(3)), plain(200), plain(200))
+    await scene.bench.run(line(), line(), line())
+    assert scene.engine.probes == 2
+    probe = ContinuationProbe(scene.bench.engine)
+    scene.bench.engine.call = _broken  # type: ignore[method-assign]
+    assert not await probe.can_continue(line().job)
+    ((_, until),) = probe._found.values()
+    assert until - asyncio.get_running_loop().time() <= RETRY_PROBE_S
+
+
+@asynccontextmanager
+async def _broken(_call: EngineCall) -> AsyncIterator[EngineAnswer]:
+    raise EngineFailed("it is away")
+    yield
 
 
 async def test_a_line_yields_with_what_it_said() -> None:
