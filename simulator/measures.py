@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from queue_schemas.lanes import Lane
+from scheduling.prediction import is_off_by
 
 from .requests import Request
 
@@ -24,9 +26,12 @@ class Summary:
     """One simulation's figures. Times are in seconds, ``hit_rate`` and ``attainment`` are shares from 0 to 1.
 
     Objectives and times are those of interactive requests: nobody waits for the tokens of others. ``failed`` requests
-    ended without an answer and are not good; times are those of the rest. ``fairness`` is the
-    median, over windows in which several tenants had work waiting throughout, of the least weighted service of such a
-    tenant over the most: 1 is fair; None without such a window. ``redone_tokens`` were computed more than once.
+    ended without an answer and are not good; times are those of the rest.
+
+    ``fairness`` is the median, over lanes and windows in which several tenants had work waiting throughout, of the
+    least weighted service of such a tenant over the most: 1 is fair; None without such a window. ``prediction_error``
+    is the median of how far the predicted waits of interactive requests were off, as a part of the real ones; None
+    without any. ``redone_tokens`` were computed more than once.
     """
 
     requests: int
@@ -48,6 +53,7 @@ class Summary:
     hit_rate: float
     redone_tokens: int
     fairness: float | None
+    prediction_error: float | None
     lasted_s: float
 
 
@@ -58,6 +64,7 @@ class Recorder:
         self._objectives = objectives
         self._ttft = array("d")
         self._tpot = array("d")
+        self._off_by = array("d")
         self._finished = self._interactive = self._good = self._failed = 0
         self._prompt_tokens = self._cached_tokens = self._output_tokens = self._redone_tokens = 0
 
@@ -98,11 +105,14 @@ class Recorder:
             hit_rate=self._cached_tokens / max(self._prompt_tokens, 1),
             redone_tokens=self._redone_tokens,
             fairness=fairness,
+            prediction_error=statistics.median(self._off_by) if self._off_by else None,
             lasted_s=lasted_s,
         )
 
     def _time(self, request: Request, now: float) -> None:
         self._interactive += 1
+        if request.predicted_ms is not None:
+            self._off_by.append(is_off_by(request.predicted_ms, request.waited_ms))
         ttft = request.first_at - request.arrived_at
         self._ttft.append(ttft)
         tpot = 0.0

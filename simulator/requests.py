@@ -33,13 +33,14 @@ class Request:
     cache of its first engine held; ``redone`` the tokens that were computed again after an attempt was interrupted.
     ``digests`` are those of its prefix (:mod:`scheduling.affinity`). It has waited since ``queued_at``, an engine
     began it first at ``started_at``, and its latest attempt ``began_at``. It may yield ``yields_left`` times more. A
-    tenant is to be charged ``charge`` for it, and was ``charged`` for an attempt; None: for none.
+    tenant is to be charged ``charge`` for it, and was ``charged`` for an attempt; None: for none. ``cost`` is what it
+    is thought to cost (:mod:`scheduling.cost`). Its wait was ``predicted_ms``, None if it was not, and ``waited_ms``.
     """
 
     __slots__ = (
-        "arrived_at", "band", "began_at", "blocks", "cached", "charge", "charged", "digests", "first_at", "generated",
-        "lane", "number", "output_tokens", "prompt_tokens", "queued_at", "redone", "started_at", "tenant", "worker",
-        "yields_left",
+        "arrived_at", "band", "began_at", "blocks", "cached", "charge", "charged", "cost", "digests", "first_at",
+        "generated", "lane", "number", "output_tokens", "predicted_ms", "prompt_tokens", "queued_at", "redone",
+        "started_at", "tenant", "waited_ms", "worker", "yields_left",
     )  # fmt: skip
 
     def __init__(self, number: int, line: TraceRequest, arrived_at: float) -> None:
@@ -47,6 +48,9 @@ class Request:
         self.arrived_at = arrived_at
         _, self.prompt_tokens, self.output_tokens, self.blocks, self.tenant, self.lane, self.band = line
         self.digests = ""
+        self.cost = 0
+        self.predicted_ms: int | None = None
+        self.waited_ms = 0
         self.charge = 0.0
         self.charged: float | None = None
         self.queued_at = arrived_at

@@ -33,6 +33,7 @@ _COLUMNS = (
     Column("TOK/S", rank=3, right=True),
     Column("HIT %", rank=1, right=True),
     Column("FAIRNESS", rank=4, right=True),
+    Column("PREDICTED", rank=5, right=True),
     Column("REDONE", rank=5, right=True),
     Column("FAILED", rank=6, right=True),
 )
@@ -195,6 +196,7 @@ def _row(case: _Case, one: Summary) -> Row:
             f"{one.output_tokens_per_s:,.0f}",
             f"{one.hit_rate * 100:.1f}",
             "-" if one.fairness is None else f"{one.fairness:.2f}",
+            "-" if one.prediction_error is None else f"{one.prediction_error * 100:.0f} % off",
             f"{one.redone_tokens:,}",
             f"{one.failed:,}",
         )

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from queue_schemas.lanes import LANES, Lane, lane_order
 from scheduling.cost import USUAL_OUTPUT, Usage, cost_of
 from scheduling.fairness import charge_of
+from scheduling.prediction import place_of
 from scheduling.slots import SlotBounds, SlotState, first_state, next_state
 
 from ..fleet import Worker
@@ -71,6 +72,8 @@ class PullQueue:
         line = self._lines[request.lane]
         best = None if line.waiting else self._free.lowest()
         if best is None:
+            states = {lane: one.state for lane, one in self._lines.items()}
+            request.predicted_ms = place_of(states, request.lane, *line.before(request)).wait_ms
             line.put(request)
             if request.lane is Lane.INTERACTIVE:
                 self._ask_to_yield(line.waiting)
@@ -83,12 +86,13 @@ class PullQueue:
         """What a Router says of ``request``. It knows its prompt, and of its output no more than what is usual."""
         rules = self._rules
         request.yields_left = rules.max_yields
-        request.charge = self._charge(request, Usage(request.prompt_tokens, USUAL_OUTPUT))
+        request.cost = cost_of(Usage(request.prompt_tokens, USUAL_OUTPUT))
+        request.charge = self._charge(request, request.cost)
         if self._warmth is not None:
             request.digests = self._warmth.digests(request)
 
-    def _charge(self, request: Request, usage: Usage) -> float:
-        return charge_of(cost_of(usage), self._rules.weights.get(request.tenant, 1.0))
+    def _charge(self, request: Request, cost: int) -> float:
+        return charge_of(cost, self._rules.weights.get(request.tenant, 1.0))
 
     def joined(self, worker: Worker) -> None:
         """``worker`` claims what it has slots for."""
@@ -104,9 +108,12 @@ class PullQueue:
 
     def ended(self, request: Request, worker: Worker) -> None:
         """``worker`` has a free slot more."""
+        line = self._lines[request.lane]
+        line.leased -= 1
         if request.generated == request.output_tokens:
-            usage = Usage(request.prompt_tokens, request.output_tokens, request.cached)
-            self._lines[request.lane].correct(request, self._charge(request, usage))
+            used = cost_of(Usage(request.prompt_tokens, request.output_tokens, request.cached))
+            line.correct(request, self._charge(request, used))
+            line.ran(request, self._clock.now)
         if self._yielding is not None:
             self._yielding.ended(request, worker, self._clock.now)
         self._claim(worker)
@@ -128,6 +135,7 @@ class PullQueue:
             self._warmth.remember(request.digests, worker)
         if self._yielding is not None:
             self._yielding.started(request, worker, self._clock.now)
+        self._lines[request.lane].leased += 1
         self._context.dispatch(worker, request)
 
     def _offer(self, worker: Worker) -> None:

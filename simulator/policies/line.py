@@ -6,6 +6,7 @@ from collections import deque
 
 from queue_schemas.lanes import BAND_STEP, BANDS, band_order
 from scheduling.fairness import Band
+from scheduling.prediction import LaneState, Rate
 
 from ..fleet import Worker
 from ..requests import Request
@@ -19,7 +20,7 @@ class Line:
     worker takes the first, or with ``warmth`` one that it holds the prefix of. Unless ``fair``, all tenants are one.
     """
 
-    __slots__ = ("_bands", "_fair", "_patience", "_retries", "_turn", "_warmth", "waiting")
+    __slots__ = ("_bands", "_cost", "_fair", "_patience", "_rate", "_retries", "_turn", "_warmth", "leased", "waiting")
 
     def __init__(self, warmth: Warmth | None, *, fair: bool) -> None:
         self._warmth = warmth
@@ -28,7 +29,25 @@ class Line:
         self._bands: tuple[tuple[Band, dict[str, deque[Request]]], ...] = tuple((Band(), {}) for _ in range(BANDS))
         self._retries: deque[Request] = deque()
         self._turn = 0
+        self._cost = 0
+        self._rate = Rate()
         self.waiting = 0
+        self.leased = 0
+        """Attempts that run."""
+
+    @property
+    def state(self) -> LaneState:
+        """What predictions know of the lane."""
+        return LaneState(self.waiting, self._cost, self.leased, self._rate)
+
+    def before(self, request: Request) -> tuple[int, int]:
+        """How many requests of its tenant wait before ``request``, which comes now, and tenants in its band."""
+        queues = self._bands[request.band][1]
+        return len(queues.get(self._tenant(request), ())), max(len(queues), 1)
+
+    def ran(self, request: Request, now: float) -> None:
+        """An attempt came to its end."""
+        self._rate = self._rate.observed(int((now - request.began_at) * 1e3), request.cost)
 
     def put(self, request: Request) -> None:
         """``request`` waits for the first time."""
@@ -38,6 +57,7 @@ class Line:
         band.come(tenant)
         queues.setdefault(tenant, deque()).append(request)
         self.waiting += 1
+        self._cost += request.cost
 
     def put_again(self, request: Request) -> None:
         """``request`` yielded, and waits before new ones. What its tenant was charged is given back."""
@@ -45,6 +65,7 @@ class Line:
         request.charged = None
         self._retries.append(request)
         self.waiting += 1
+        self._cost += request.cost
 
     def take(self, worker: Worker, now: float) -> Request:
         """The request that ``worker`` claims; there is one."""
@@ -56,9 +77,11 @@ class Line:
             self.correct(request, request.charge)
         else:
             request = self._take_fresh(worker, now)
+            request.waited_ms = int((now - request.queued_at) * 1e3)
         request.charged = request.charge
         self._turn += 1
         self.waiting -= 1
+        self._cost -= request.cost
         self._patience.left(now - request.queued_at)
         return request
 

@@ -190,3 +190,12 @@ def test_tenants_share_by_tokens_and_weights(ratio: float, weight: float) -> Non
     unfair = simulate(trace, replace(options, rules=QueueRules(fairness=False))).fairness
     assert unfair is not None
     assert unfair < 0.5
+
+
+def test_predicted_waits_are_about_right() -> None:
+    """Half of the predictions are off by no more than a quarter, while load rises and falls."""
+    trace = load_trace("bursts:requests=12000,rate=16,prompt=600,output=200,factor=6")
+    found = simulate(trace, SimulationOptions(workers=1))
+    assert found.prediction_error is not None
+    assert found.prediction_error < 0.25
+    assert simulate(trace, SimulationOptions(policy="round-robin", workers=1)).prediction_error is None

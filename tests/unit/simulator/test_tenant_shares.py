@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from queue_schemas.lanes import Lane
 from simulator.requests import Request, TraceRequest
 from simulator.tenant_shares import TenantShares
 
 
-def arrived(shares: TenantShares, tenant: str, prompt: int = 100, output: int = 50) -> Request:
-    request = Request(0, TraceRequest(0.0, prompt, output, tenant=tenant), 0.0)
+def arrived(shares: TenantShares, tenant: str, lane: Lane = Lane.INTERACTIVE) -> Request:
+    request = Request(0, TraceRequest(0.0, 100, 50, tenant=tenant, lane=lane), 0.0)
     shares.arrived(request)
     return request
 
@@ -43,3 +44,13 @@ def test_only_windows_in_which_both_wait_throughout_count() -> None:
     run(shares, arrived(shares, "b"))
     shares.close_window()
     assert shares.fairness() == 1.0
+
+
+def test_lanes_are_apart() -> None:
+    """A tenant's batch does not compete with another's interactive requests."""
+    shares = TenantShares({})
+    for tenant, lane in (("a", Lane.INTERACTIVE), ("b", Lane.BATCH)):
+        arrived(shares, tenant, lane)
+        run(shares, arrived(shares, tenant, lane))
+    shares.close_window()
+    assert shares.fairness() is None

@@ -145,6 +145,9 @@ def test_a_batch_yields_to_an_interactive_request_and_goes_on_first() -> None:
     assert [request.worker is None for request in batch] == [False, False, False, True]
     fabric.end(fabric.workers[0], urgent)
     assert (batch[3].worker is None, waiting.worker is None) == (False, True)
+    fabric.arrive(at_s=10.0)
+    fabric.clock.run()
+    assert [request.worker is None for request in batch] == [False, False, True, False]
 
 
 def test_slots_follow_the_engines_load() -> None:
@@ -170,3 +173,21 @@ class Crowded(Idle):
 
     def load(self) -> EngineLoad:
         return EngineLoad(waiting=3, running=5)
+
+
+def test_a_wait_is_predicted_once_enough_is_known() -> None:
+    """From what eight requests took: with one slot, those that wait before it and half of the one that runs."""
+    fabric = Fabric(1)
+    for number in range(9):
+        fabric.arrive(at_s=float(number))
+        fabric.ran[-1].generated = fabric.ran[-1].output_tokens
+        fabric.ran[-1].began_at = number - 2.0
+        if number < 8:
+            fabric.end(fabric.workers[0], fabric.ran[-1])
+    waits = [fabric.arrive(at_s=8.0).predicted_ms for _ in range(3)]
+    assert waits == [1000, 3000, 5000]
+    fabric.ran[-1].generated = 0  # an attempt that is lost says nothing of how long others take
+    fabric.end(fabric.workers[0], fabric.ran[-1])
+    assert fabric.arrive(at_s=8.0).predicted_ms == 5000
+    early = Fabric(1)
+    assert [early.arrive().predicted_ms for _ in range(3)] == [None, None, None]
