@@ -125,7 +125,7 @@ class ShardConsumer:
         try:
             return await self._broker.workers.claim(
                 claim.shard, self._session_id, claim.seq, claim.turn, claim.n, claim.pools, region,
-                offer=claim.offer, received=claim.received, cache=claim.cache,
+                offer=claim.offer, received=claim.received, cache=claim.cache, slots=claim.slots,
             )  # fmt: skip
         except Fenced:
             raise

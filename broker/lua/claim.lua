@@ -1,7 +1,7 @@
 -- Leases up to n jobs to a worker, or parks it.
 -- ARGV: prefix, session id, seq, turn, n, offer (jobs that may be handed to the worker while it is parked, those of this
 --       claim included), received (jobs handed to it so far, as it counts), attempt id base, park_ms, region ('' for none),
---       number of the engine's cache in this session (a new one is cold), then pairs: pool, lanes (comma separated).
+--       number of the engine's cache in this session (a new one is cold), slots in all, then pairs: pool, lanes (comma separated).
 -- Reply: {'fenced'} if the session was declared dead (or never joined); else {'ok', parked (1 or 0), jobs handed to it so
 --       far, jobs that may be handed to it still, job, ...}, each job {id, envelope, epoch, attempt id, attempt,
 --       remaining_ms, waited_ms, suspect (1 or 0), predicted wait as it came (ms, or '')}. With fewer than n jobs the worker
@@ -58,7 +58,7 @@ end
 
 -- ``shared_keys``: the queue keys without a region that the worker serves; ``local_keys``: these and its own region's.
 local pools, shared_keys, local_keys, depths = {}, {}, {}, {}
-for i = 12, #ARGV, 2 do
+for i = 13, #ARGV, 2 do
   pools[#pools + 1] = ARGV[i]
   for lane in string.gmatch(ARGV[i + 1], '[^,]+') do
     local key = ARGV[i] .. ':' .. lane
@@ -229,6 +229,6 @@ else
 end
 if last[8] then call('HDEL', claimed_key, 'full') end
 answer[2], answer[4] = parked_at and 1 or 0, free
-call('HSET', claimed_key, 'seq', seq, 'jobs', table.concat(held, ' '), 'free', int(free), 'cache', ARGV[11],
+call('HSET', claimed_key, 'seq', seq, 'jobs', table.concat(held, ' '), 'free', int(free), 'cache', ARGV[11], 'slots', ARGV[12],
   unpack(parked_at and { 'parked', parked_at } or {}))
 return write_counters_and_return(answer)

@@ -43,6 +43,8 @@ BUDGETS = Budgets(tenant_jobs=9, tenant_bytes=6_000, pool_jobs=14, pool_bytes=8_
 POOLS = (Pool("m"), Pool("sim/tiny:v1"))
 TENANTS = ("a", "b", "c:{d} é")
 MAX_WORKERS = 4
+SLOTS = 6
+"""Of a worker, in all."""
 DAY_MS = 24 * 3600 * 1000
 WAITS_MS = (1, 500, 2_001, 5_001, 31_000)
 Served = tuple[tuple[Pool, tuple[Lane, ...]], ...]
@@ -238,7 +240,7 @@ class QueueMachine(RuleBasedStateMachine):
         run = self.model.runs.get(worker)
         received = max(run.handed_over - unread, 0) if run is not None else 0
         leases: list[Lease] = self.play(
-            "claim", worker, self.seqs[worker], self.turns[worker], n, served, offer, received, cache
+            "claim", worker, self.seqs[worker], self.turns[worker], n, served, offer, received, cache, SLOTS
         )
         self.turns[worker] += len(leases)
         return leases

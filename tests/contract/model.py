@@ -141,8 +141,14 @@ class Model:
         holders = (
             [w for holder in match.holders if self._cache(w := holder.partition("#")[0]) == holder] if match else []
         )
-        best = max((w for w in holders if w in takers), key=lambda w: takers[w], default="")
-        return best if best and match and takes_warm(match, takers[best], max(takers.values())) else ""
+        best = max((w for w in holders if w in takers), key=self._room, default="")
+        freest = min(takers, key=lambda worker: (-takers[worker], worker), default="")
+        return best if best and match and takes_warm(match, self._room(best), self._room(freest)) else ""
+
+    def _room(self, worker: str) -> int:
+        """The free slots of a worker: more than it offers, if jobs have ended since it claimed."""
+        run = self.runs[worker]
+        return max(run.slots - len(self.held(worker)), run.offered)
 
     def _cache(self, worker: str) -> str:
         return f"{worker}#{self.runs[worker].cache}" if worker in self.runs else ""
@@ -240,6 +246,7 @@ class Model:
         offer: int,
         received: int,
         cache: int,
+        slots: int,
         answer: Claimed,
         dropped: Mapping[str, State],
     ) -> None:
@@ -249,7 +256,7 @@ class Model:
             self._claim_again(worker, seq, given)
             require(not dropped, "a repeated claim ends no job")
         else:
-            run.cache = cache
+            run.cache, run.slots = cache, slots
             self._claim_anew(worker, turn, n, pools, offer, received, given, dropped)
             run.seq, run.given = seq, tuple((lease.job.id, lease.attempt_id) for lease in given)
         expected = (run.parked, run.handed_over, run.offered)

@@ -129,6 +129,7 @@ class Run:
     """Jobs that may be handed to it still."""
     cache: int = 0
     """The number of its engine's prefix cache."""
+    slots: int = 0
 
 
 class DeadLetter(NamedTuple):

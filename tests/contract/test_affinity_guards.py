@@ -46,6 +46,15 @@ async def a_lost_cache_is_cold(scene: Scene) -> None:
     assert (len(await worker.handed()), len(await other.handed())) == (0, 1)
 
 
+async def slots_that_became_free_count(scene: Scene) -> None:
+    """A worker does not claim each time that a job ends: it offers fewer slots than are free by then."""
+    await _holds(scene, scene.worker, MINE)
+    other = await scene.another()
+    assert await scene.worker.claim(1, offer=1, slots=8) == await other.claim(4, offer=4, slots=8) == []
+    await scene.broker.jobs.enqueue(scene.job(affinity=MINE))
+    assert (len(await scene.worker.handed()), len(await other.handed())) == (1, 0)
+
+
 async def a_warm_worker_takes_what_it_offers(scene: Scene) -> None:
     """It may hold a prefix and not take jobs of that lane now."""
     await _holds(scene, scene.worker, MINE)
@@ -112,10 +121,14 @@ async def the_wait_is_forgotten_with_the_queue(scene: Scene) -> None:
     assert not await scene.client.hexists(KEYS.counters, f"{WAITS_AT}:wait")
 
 
-BOUND = "\n      and 2 * #digests * (holder.free + 1) > best.free * (#digests + passed * DIGEST_CHARS)"
+BOUND = "\n      and 2 * #digests * (room(holder) + 1) > room(best) * (#digests + passed * DIGEST_CHARS)"
 PROOF = "proof == string.sub(digests, at + SLOT_CHARS, at + DIGEST_CHARS - 1) and held or ''"
 GUARDS: list[tuple[Scenario, Rewrite]] = [
     (load_stays_within_the_bound, Rewrite("handoff", BOUND, "")),
+    (
+        slots_that_became_free_count,
+        Rewrite("handoff", "math.max(one.slots - one.leases - one.here, one.free)", "one.free"),
+    ),
     (a_lost_cache_is_cold, Rewrite("handoff", "is_holder(held, holder.cache) and ", "")),
     (a_warm_worker_takes_what_it_offers, Rewrite("handoff", "is_holder(holder.parked, key) and ", "")),
     (a_slot_is_no_proof, Rewrite("affinity", PROOF, "held or ''")),

@@ -97,14 +97,20 @@ class Puller:
         return self
 
     async def claim(
-        self, n: int = 1, models: Sequence[str] = (MODEL,), lanes: Sequence[Lane] = LANES, *, offer: int = 0
+        self,
+        n: int = 1,
+        models: Sequence[str] = (MODEL,),
+        lanes: Sequence[Lane] = LANES,
+        *,
+        offer: int = 0,
+        slots: int = 0,
     ) -> list[Lease]:
         """A new claim, with an ``offer`` to be handed jobs."""
         self.seq += 1
         pools = [(Pool(model), lanes) for model in models]
         claimed = await self.broker.workers.claim(
             self.shard, self.session_id, self.seq, self.turn, n, pools, self.region,
-            offer=offer, received=self.received,
+            offer=offer, received=self.received, slots=slots,
         )  # fmt: skip
         self.turn += len(claimed.leases)
         return list(claimed.leases)

@@ -45,7 +45,7 @@ Pools = tuple[tuple[Pool, tuple[Lane, ...]], ...]
 class Claim:
     """One claim to send: the arguments of ``broker.workers.claim``. ``n`` is 0 for a worker that unparks. ``received``
     is how many jobs had been handed over when it was sent first; ``cache`` is the number of the engine's prefix
-    cache."""
+    cache, ``slots`` how many there are in all."""
 
     shard: int
     seq: int
@@ -55,6 +55,7 @@ class Claim:
     offer: int = 0
     received: int = 0
     cache: int = 0
+    slots: int = 0
 
 
 @dataclass(slots=True)
@@ -244,5 +245,5 @@ class Slots:
             state.turn += 1
         state.yielded = 0 if slots else state.yielded
         n, offer = min(slots, MAX_CLAIM), slots if self._serves_one_shard else 0
-        state.under_way = Claim(shard, state.seq, state.turn, n, pools, offer, state.received, self.cache)
+        state.under_way = Claim(shard, state.seq, state.turn, n, pools, offer, state.received, self.cache, self.total)
         state.reserved = offer or n

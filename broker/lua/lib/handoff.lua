@@ -12,11 +12,11 @@ local takers, takers_at = {}, {}
 -- The worker behind a session that offers slots; false if it does not any more.
 local function taker(session_id)
   if takers[session_id] == nil then
-    local claimed = call('HMGET', P .. 'claimed:' .. session_id, 'free', 'given', 'parked', 'stands_until', 'cache')
+    local claimed = call('HMGET', P .. 'claimed:' .. session_id, 'free', 'given', 'parked', 'stands_until', 'cache', 'slots')
     local free = tonumber(claimed[1] or 0)
     takers[session_id] = (free > 0 or claimed[4])
       and { id = session_id, free = free, given = tonumber(claimed[2] or 0), parked = claimed[3], stands = claimed[4],
-        cache = session_id .. '#' .. (claimed[5] or ''), keys = {} }
+        cache = session_id .. '#' .. (claimed[5] or ''), slots = tonumber(claimed[6] or 0), here = 0, keys = {} }
   end
   return takers[session_id]
 end
@@ -31,23 +31,29 @@ local function most_free(key)
       gather('ZREM', P .. 'offers:' .. key, session_id)
     elseif found.free == 0 and #takers_at[key] == MAX_TAKERS then
       gather('ZADD', P .. 'offers:' .. key, '0', session_id) -- behind those that still offer slots
-    elseif found.free > 0 and (not best or found.free > best.free) then
+    elseif found.free > 0 and (not best or found.free > best.free or found.free == best.free and found.id < best.id) then
       best = found
     end
   end
   return best
 end
 
--- The most free of the workers that hold a job's longest known prefix; nil if they are loaded too much beside ``best``.
+-- The free slots of a worker: more than it offers, if jobs have ended since it claimed.
+local function room(one)
+  one.leases = one.leases or call('HLEN', P .. 'leases:' .. one.id)
+  return math.max(one.slots - one.leases - one.here, one.free)
+end
+
+-- The freest of the workers that hold a job's longest known prefix; nil if they are loaded too much beside ``best``.
 local function warmest(key, digests, best)
-  local found = nil
+  local found, most = nil, 0
   read_warm({ digests }, MAX_DIGESTS)
   local held, passed = match_prefix(digests, MAX_DIGESTS)
   for session_id in string.gmatch(held or '', '(%S+)#%d*') do
     local holder = taker(session_id)
-    if holder and is_holder(held, holder.cache) and is_holder(holder.parked, key) and holder.free > (found or { free = 0 }).free
-      and 2 * #digests * (holder.free + 1) > best.free * (#digests + passed * DIGEST_CHARS) then
-      found = holder
+    if holder and holder.free > 0 and is_holder(held, holder.cache) and is_holder(holder.parked, key) and room(holder) > most
+      and 2 * #digests * (room(holder) + 1) > room(best) * (#digests + passed * DIGEST_CHARS) then
+      found, most = holder, room(holder)
     end
   end
   return found
@@ -67,6 +73,7 @@ local function hand_over(key, id, envelope, aid, ttl_ms, digests)
     local entry = call('XADD', P .. 'ctl:' .. to.id, 'NOMKSTREAM', '*', 'k', 'job', 'id', id, 'aid', aid, 'left', ttl_ms,
       'env', envelope)
     to.free, to.given, to.keys[key] = entry and to.free - 1 or 0, to.given + (entry and 1 or 0), true
+    to.here = to.here + 1
     if to.free == 0 and to.stands then
       call('HSET', P .. 'claimed:' .. to.id, 'full', '1')
     elseif to.free == 0 then
