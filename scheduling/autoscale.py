@@ -49,7 +49,11 @@ def load_of(pool: PoolDepth) -> PoolLoad:
     those waiting there are thought to cost, and from how long jobs of that cost took of late."""
     lanes = {
         lane: LaneLoad(
-            waiting=depth.waiting, leased=depth.leased, oldest_age_ms=depth.oldest_age_ms, run_ms=_run_ms(depth)
+            waiting=depth.waiting,
+            leased=depth.leased,
+            oldest_age_ms=depth.oldest_age_ms,
+            run_ms=_run_ms(depth),
+            deadline_ms=depth.deadline_ms,
         )
         for lane, depth in pool.lanes.items()
     }

@@ -1,15 +1,17 @@
 -- How much waits and runs, per queue key, and since when the longest-waiting job waits.
--- ARGV: prefix. Reply: {{queue key, waiting, leased, oldest_age_ms, cost of what waits, ran, ran_ms, ran_cost (lib/rates.lua)},
--- ...}; keys where nothing waits or runs are left out.
+-- ARGV: prefix. Reply: {{queue key, waiting, leased, oldest_age_ms, cost of what waits, ran, ran_ms, ran_cost (lib/rates.lua),
+-- ms until the earliest deadline of a tenant's first job ('': none waits)}, ...}; keys where nothing waits or runs are left
+-- out.
 -- uses: clock, queue
 
 local now = now_ms()
 
--- How long the first job of a stream has waited.
-local function age(queue)
+-- How long the first job of a stream has waited, and how long it is until its deadline.
+local function head(queue)
   local entry = call('XRANGE', P .. queue, '-', '+', 'COUNT', 1)[1]
   local job = entry and load_job(entry[2][2])
-  return job and job.at ~= '' and now - tonumber(job.at) or 0
+  if not job or job.at == '' then return 0 end
+  return now - tonumber(job.at), math.max(0, tonumber(job.deadline) - now)
 end
 
 local depths, answer = {}, {}
@@ -29,8 +31,11 @@ for _, found in ipairs(answer) do
   for i, field in ipairs({ found[1] .. ':cost', at .. ':ran', at .. ':ran_ms', at .. ':ran_cost' }) do
     found[4 + i] = counter('counters', field)
   end
+  found[9] = ''
   for _, queue in ipairs(found[2] > 0 and streams_at(found[1], MAX_TENANTS) or {}) do
-    found[4] = math.max(found[4], age(queue))
+    local age, left = head(queue)
+    found[4] = math.max(found[4], age)
+    if left and (found[9] == '' or left < found[9]) then found[9] = left end
   end
 end
 return answer

@@ -52,7 +52,7 @@ class QueueStats:
             return await self._caller.script("depth", keys.budget, keys.prefix, retry=away is None)
 
         for found in await self._ask_each(ask, away):
-            for queue_key, waiting, leased, oldest, cost, *rate in found:
+            for queue_key, waiting, leased, oldest, cost, *rate, left in found:
                 pool, lane, region = _parts(queue_key.decode())
                 lanes = depths.setdefault(pool, {})
                 so_far = lanes.get(lane, LaneDepth())
@@ -63,6 +63,7 @@ class QueueStats:
                     oldest_age_ms=max(so_far.oldest_age_ms, oldest),
                     by_region=by_region,
                     cost=so_far.cost + cost,
+                    deadline_ms=min((ms for ms in (so_far.deadline_ms, left) if type(ms) is int), default=None),
                 )
                 rates.setdefault(pool, {})[lane] = Rate(*rate)
         for pool, lanes in depths.items():

@@ -275,6 +275,10 @@ class LaneDepth(_Message):
     waiting: int = 0
     leased: int = 0
     oldest_age_ms: int = Field(default=0, description="how long the longest-waiting job has waited")
+    deadline_ms: int | None = Field(
+        default=None,
+        description="until the earliest deadline of the jobs that are next of their tenants; null: none waits",
+    )
     by_region: dict[str, int] = Field(
         default_factory=dict, description="of those waiting, the ones whose region's workers go first"
     )

@@ -208,6 +208,18 @@ async def test_totals_count_every_ending(broker: Broker, worker: Puller) -> None
     assert (depth.waiting, depth.leased) == (1, 1)
 
 
+async def test_the_earliest_deadline_of_what_waits_is_told(broker: Broker, worker: Puller) -> None:
+    """Of each tenant's first job, in every lane of its own; what runs has none that scaling could keep."""
+    for tenant, ttl_ms in (("a", 60_000), ("b", 30_000), ("b", 5_000)):
+        await broker.jobs.enqueue(make_job(tenant=tenant, ttl_ms=ttl_ms))
+    await broker.jobs.enqueue(make_job(tenant="a", ttl_ms=90_000, lane=Lane.BATCH))
+    lanes = (await broker.stats.depths())[MODEL]
+    assert 25_000 < (lanes[Lane.INTERACTIVE].deadline_ms or 0) <= 30_000
+    assert 85_000 < (lanes[Lane.BATCH].deadline_ms or 0) <= 90_000
+    await worker.claim(4)
+    assert {depth.deadline_ms for depth in (await broker.stats.depths())[MODEL].values()} == {None}
+
+
 async def test_what_was_stopped_is_counted_by_what_it_was_doing(
     broker: Broker, worker: Puller, listener: Listener
 ) -> None:

@@ -124,9 +124,9 @@ def test_known_run_times_let_slots_be_used_again() -> None:
 
 def test_run_times_follow_from_the_cost_of_what_waits() -> None:
     """And from how long jobs of that cost took of late: thirty jobs of 200 units, 5 ms each, run for a second each."""
-    depth = LaneDepth(waiting=30, leased=2, oldest_age_ms=70, cost=6_000, ms_per_cost=5.0)
+    depth = LaneDepth(waiting=30, leased=2, oldest_age_ms=70, cost=6_000, ms_per_cost=5.0, deadline_ms=99_000)
     load = load_of(pool_depth("m", {Lane.INTERACTIVE: depth}, workers=2, slots=8))
-    assert load.lanes[Lane.INTERACTIVE] == LaneLoad(30, 2, 70, run_ms=1_000.0)
+    assert load.lanes[Lane.INTERACTIVE] == LaneLoad(30, 2, 70, run_ms=1_000.0, deadline_ms=99_000)
     assert (load.workers, load.slots) == (2, 8)
     assert wanted(load) == math.ceil(32 / 3 / 4)
     for unknown in ({"cost": 0}, {"ms_per_cost": None}, {"ms_per_cost": 0.0}, {"waiting": 0}):
