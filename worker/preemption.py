@@ -13,7 +13,7 @@ from queue_schemas import InferqError
 from scheduling.preemption import YieldPolicy
 from telemetry import get_logger
 
-from .attempts import Attempt, Attempts, StopReason
+from .attempts import Attempt, Attempts
 from .core import Slots
 from .metrics import WorkerMetrics
 
@@ -57,7 +57,7 @@ class Preemption:
             await self._decline(attempt, reason)
             return
         self._policy.yielded(now)
-        attempt.stop(StopReason.YIELDS)
+        self._attempts.yield_slot(attempt)
 
     def ended(self, attempt: Attempt) -> None:
         """An attempt is over: what it took tells when others will be."""

@@ -90,6 +90,7 @@ class Attempt:
         "cutter",
         "deadline",
         "ending",
+        "has_slot",
         "lease",
         "may_buffer",
         "may_yield",
@@ -113,6 +114,8 @@ class Attempt:
         self.ending = False
         """Whether the queue is being told how it ended: from then on the queue's answer decides."""
         self.stall = StreamStall()
+        self.has_slot = True
+        """Whether its end frees a slot."""
         self.may_yield = False
         """Whether it can be stopped, and its job go on behind what it said."""
         self.whole: WholeAnswer | None = None

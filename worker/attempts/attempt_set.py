@@ -114,6 +114,13 @@ class Attempts:
         """That attempt, if it runs."""
         return self._running.get(attempt_id)
 
+    def yield_slot(self, attempt: Attempt) -> None:
+        """Stop an attempt for an interactive job. Its slot counts as free at once: by the time that the claim for it is
+        answered, the engine's connection is closed."""
+        attempt.stop(StopReason.YIELDS)
+        attempt.has_slot = False
+        self._ended(attempt, None)
+
     def by_lane(self) -> Counter[Lane]:
         """How many attempts of each lane run, those included that yield: their slots are for what waits already."""
         return Counter(attempt.lease.job.lane for attempt in self._running.values())
@@ -170,7 +177,6 @@ class Attempts:
         job = lease.job
         attempt.task = asyncio.current_task()
         wait_s: float | None = None
-        has_slot = True
         attributes: dict[str, str | int | float | bool] | None = None
         if tracing_enabled():
             attributes = {"job": job.id, "model": job.model, "attempt": lease.attempt}
@@ -181,9 +187,6 @@ class Attempts:
                 if isinstance(ending, Settle):
                     await self._reports.settle(attempt, ending)
                 elif isinstance(ending, Yield):
-                    # The engine runs it no more: the claim for an interactive job follows on the heels of the report.
-                    has_slot = False
-                    asyncio.get_running_loop().call_soon(self._ended, attempt, None)
                     await self._reports.yielded(attempt, ending)
                 elif isinstance(ending, EngineDisconnected):
                     wait_s = RETRY_APART_S
@@ -200,5 +203,5 @@ class Attempts:
             self._running.pop(lease.attempt_id, None)
             if not self._running:
                 self._idle.set()
-            if has_slot:
+            if attempt.has_slot:
                 self._ended(attempt, wait_s)
