@@ -46,6 +46,11 @@ class BatchSettings(RequestSettings):
     model_wait_ms: int = Field(
         15_000, ge=0, description="How long to wait for a model that no worker has named yet before it is an error"
     )
+    refuse_late: bool = Field(
+        True,
+        description="Fail a batch at its start that cannot end within its window even if it were alone, by the rate at "
+        'which its model served requests of late; metadata {"inferq_allow_late": "true"} lets one run all the same',
+    )
     window_lines: int = Field(512, ge=1, le=50_000, description="Maximum lines of one batch on the queue at a time")
     window_bytes: int = Field(8 * MIB, ge=1, description="The same in bytes; a longer line goes alone")
     max_attempts: int = Field(3, ge=1, le=100, description="Maximum attempts of a line before it fails")

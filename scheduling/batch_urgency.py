@@ -26,6 +26,15 @@ from typing import Final
 from queue_schemas.lanes import DEFAULT_BAND, Lane
 from queue_schemas.records import record
 
+INFEASIBLE_LOAD: Final = 1.5
+"""The load of a batch, alone on all slots, from which on it is refused: predictions may be too long by so much."""
+
+
+def load_alone(cost: int, *, ms_per_cost: float, slots: int, time_left_s: float) -> float:
+    """The time that lines of ``cost`` (:mod:`scheduling.cost`) need if all slots work on nothing else, over the time
+    left."""
+    return cost * ms_per_cost / 1000 / max(slots, 1) / max(time_left_s, 1e-3)
+
 
 class Urgency(IntEnum):
     """Where the lines of a batch are put."""

@@ -79,6 +79,8 @@ class Checkpoint(BaseModel):
     next_line: int = 1
     next_offset: int = 0
     total: int = 0
+    cost: int = 0
+    """What all lines will cost, by an estimate (:mod:`scheduling.cost`)."""
     end_line: int = 0
     """One more than the number of the input's last line; known once all lines were read."""
     errors: list[BatchError] = []

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import secrets
 
-from queue_schemas import Pool
+from queue_schemas import Lane, Pool
+from scheduling.batch_urgency import INFEASIBLE_LOAD, load_alone
+from scheduling.cost import estimate_cost
 from storage import Batch, BatchError, BatchStatus, FileRecord
 from telemetry.threads import in_thread
 
@@ -28,6 +30,8 @@ from ..core import (
 from .input import InputDeleted, InputLines, input_deleted, input_of
 from .run_folder import RunFolder
 
+ALLOW_LATE = "inferq_allow_late"
+"""The key of a batch's metadata with which it runs though it cannot end in time."""
 _SLICE_RECORDS = 25_000
 _LINES_BETWEEN_CHECKS = 64
 
@@ -49,6 +53,9 @@ async def validate(
     ):
         await in_thread(lambda: _compare(context, folder, checkpoint, until_s))
     elif checkpoint.errors:
+        _end(checkpoint, BatchStatus.FAILED)
+    elif context.settings.refuse_late and (late := await _late(context, batch, checkpoint)):
+        checkpoint.add_error(_error("window_infeasible", late, "completion_window"))
         _end(checkpoint, BatchStatus.FAILED)
     else:
         _begin(context, checkpoint)
@@ -127,6 +134,7 @@ def _read_run(
                     checkpoint.read_all = True
                     return records
             else:
+                checkpoint.cost += estimate_cost(batch.request.endpoint, raw.data or b"", line.body)
                 records.append(record(custom_id_digest(line.custom_id), raw.number))
             if len(records) >= MAX_RECORDS:
                 return records
@@ -168,6 +176,32 @@ async def _check_model(context: BatchContext, checkpoint: Checkpoint) -> float:
     sentence = f"there is no model {model[:200]!r} here; GET /v1/models lists the models"
     checkpoint.add_error(BatchError(code="model_not_found", message=sentence, param="body.model", line=1))
     return 0
+
+
+async def _late(context: BatchContext, batch: Batch, checkpoint: Checkpoint) -> str:
+    """Why the batch cannot end in time; empty if it can, or if that is not known: too little of its model has ended,
+    nothing of it runs now, no worker serves it, or an autoscaler may start more."""
+    request, broker, model = batch.request, context.queue(), Pool(checkpoint.progress.model or "")
+    if (request.metadata or {}).get(ALLOW_LATE) == "true" or model in (await broker.fleet.remembered_pools()).scaled:
+        return ""
+    workers = (await broker.fleet.load_workers()).values()
+    slots = sum(worker.slots for worker in workers if worker.takes_work and model in worker.models)
+    lanes = (await broker.stats.depths()).get(model, {})
+    # What predicts a wait has seen enough jobs. Batches are most like batches.
+    known = [depth for depth in map(lanes.get, (Lane.BATCH, Lane.BACKGROUND, Lane.INTERACTIVE)) if depth is not None]
+    rates = [depth.ms_per_cost for depth in known if depth.predicted_wait_ms is not None]
+    ms_per_cost = next((rate for rate in rates if rate is not None), None)
+    if not slots or ms_per_cost is None:
+        return ""
+    time_left_s = request.expires_at - context.now_s()
+    load = load_alone(checkpoint.cost, ms_per_cost=ms_per_cost, slots=slots, time_left_s=time_left_s)
+    if load < INFEASIBLE_LOAD:
+        return ""
+    return (
+        f"the lines need about {load * time_left_s / 60:,.0f} minutes even if the model's {slots} slots work on "
+        f"nothing else, and the completion window leaves {time_left_s / 60:,.0f}: send fewer lines, or run as many as "
+        f'there is time for with metadata {{"{ALLOW_LATE}": "true"}}'
+    )
 
 
 def _compare(context: BatchContext, folder: RunFolder, checkpoint: Checkpoint, until_s: float) -> None:
