@@ -14,7 +14,7 @@ import pytest
 
 from broker import Broker
 from broker.redis.scripts import load_scripts
-from queue_schemas import Fenced, Job, Lane, Lease, MarkerKind, Outcome, Settled, State, new_session_id
+from queue_schemas import Fenced, Job, Lane, Lease, MarkerKind, Outcome, Settled, State, WaitTooLong, new_session_id
 from queue_schemas.keys import ShardKeys
 from tests.support.queue import MODEL, Puller, answer_frame, make_job
 
@@ -434,7 +434,53 @@ async def a_suspect_runs_to_its_end(scene: Scene) -> None:
 Scenario = Callable[[Scene], Awaitable[None]]
 SAME = "local same = job.epoch == epoch and job.aid == aid"
 RELEASED = "if releasing and job.handed_back == epoch .. ':' .. aid then return nil, 'duplicate' end"
+
+
+async def _served(scene: Scene, jobs: int) -> None:
+    """So many jobs were done in a second each, and one runs."""
+    for _ in range(jobs):
+        await scene.broker.jobs.enqueue(make_job())
+        await scene.broker.attempts.settle(await scene.worker.claim_one(), Outcome.DONE, used=1, run_ms=1_000)
+    await scene.broker.jobs.enqueue(make_job())
+    await scene.worker.claim_one()
+
+
+async def _is_refused(scene: Scene, patience_ms: int, **fields: Any) -> bool:
+    try:
+        await scene.broker.jobs.start_enqueue(make_job(**fields), patience_ms)
+    except WaitTooLong:
+        return True
+    return False
+
+
+async def who_would_wait_too_long_is_refused(scene: Scene) -> None:
+    """It would hold a place until its deadline, for nothing."""
+    await _served(scene, 8)
+    assert await _is_refused(scene, 400)
+
+
+async def little_seen_refuses_nobody(scene: Scene) -> None:
+    """The first jobs of a model say nothing of the next."""
+    await _served(scene, 7)
+    assert not await _is_refused(scene, 400)
+
+
+async def who_may_not_wait_is_refused(scene: Scene) -> None:
+    """Whatever is known of the wait."""
+    assert await _is_refused(scene, 0)
+
+
+async def a_free_slot_refuses_nobody(scene: Scene) -> None:
+    """Also one for a request that is too large to be handed over."""
+    await scene.worker.claim(1, offer=1)
+    assert not await _is_refused(scene, 0, body=b"x" * 300_000)
+
+
 GUARDS: list[tuple[Scenario, Rewrite]] = [
+    (who_would_wait_too_long_is_refused, Rewrite("enqueue", " > tonumber(patience)", " > 1e12")),
+    (little_seen_refuses_nobody, Rewrite("prediction", "sums[':ran'] < KNOWN_JOBS or ", "")),
+    (who_may_not_wait_is_refused, Rewrite("enqueue", "patience == '0' or ", "")),
+    (a_free_slot_refuses_nobody, Rewrite("enqueue", "patience ~= '' and not is_free", "patience ~= ''")),
     (the_epoch_fences, Rewrite("fence", SAME, "local same = job.aid == aid")),
     (the_attempt_id_fences, Rewrite("fence", SAME, "local same = job.epoch == epoch")),
     (nobody_makes_a_reply_stream, Rewrite("listeners", "'NOMKSTREAM', '*', field", "'*', field")),

@@ -111,7 +111,7 @@ async def test_who_may_not_wait_is_refused_unless_a_slot_is_free(broker: Broker,
     assert await worker.claim(1, offer=2) == []
     assert await predicted(broker, patience=0) is None
     assert len(await worker.handed()) == 1
-    assert await predicted(broker, patience=0, body=b"x" * 100_000) is None
+    assert await predicted(broker, patience=0, body=b"x" * 300_000) is None
     with pytest.raises(WaitTooLong):
         await predicted(broker, patience=0)
 
