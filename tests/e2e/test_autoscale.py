@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from telemetry.environment import free_port
 from tests.support.batches import BatchStorage, add_batcher, line
 from tests.support.fleet import ROOT, Fleet
 from tests.support.processes import Child, environment
@@ -81,8 +82,12 @@ async def workers(fleet: Fleet) -> int:
 async def test_a_burst_is_served_from_zero_and_the_fleet_goes_back_to_zero(fleet: Fleet) -> None:
     """The pool is listed at zero workers and its requests are held, although others would be refused. Three workers
     come, answer all, and leave one after the other; SIGTERM ends the autoscaler."""
-    with autoscaler(fleet) as child:
+    port = free_port()
+    with autoscaler(fleet, port=port) as child:
         await eventually(lambda: listed(fleet), "the pool is listed at zero workers", limit_s=30)
+        await eventually(lambda: _page(fleet, port, "/readyz"), "it scales", limit_s=10)
+        assert (await fleet.depth(MODEL))["replicas_wanted"] == 0
+        assert f'inferq_replicas_wanted{{model="{MODEL}"}} 0.0' in await fleet.router.metrics()
         seen: set[int] = set()
 
         async def all_done(asked: list[asyncio.Task[str]]) -> bool:
@@ -94,11 +99,31 @@ async def test_a_burst_is_served_from_zero_and_the_fleet_goes_back_to_zero(fleet
             await eventually(lambda: all_done(asked), "every request is answered", limit_s=60)
         assert [task.result() for task in asked] == [f"request {number}" for number in range(REQUESTS)]
         assert max(seen) == MAX_WORKERS, f"workers seen: {seen}"
+        metrics = await _page(fleet, port, "/metrics")
+        assert "inferq_autoscaler_acting 1.0" in metrics
+        assert 'inferq_autoscaler_scalings_total{direction="out"} 3.0' in metrics
         await eventually(lambda: _are(fleet, 0), "the workers are gone again", limit_s=40)
         await eventually(lambda: not worker_pids(fleet.folder / "autoscaler"), "their processes have ended", limit_s=20)
         child.send(signal.SIGTERM)
         await eventually(lambda: not child.running, "the autoscaler ends", limit_s=20)
         assert child.returncode == 0
+
+
+async def test_no_request_fails_while_the_fleet_shrinks_under_load(fleet: Fleet) -> None:
+    """Three workers that all have work become one while requests go on: what a drained worker runs it finishes."""
+    with autoscaler(fleet):
+        await eventually(lambda: listed(fleet), "the pool is listed at zero workers", limit_s=30)
+        async with asyncio.TaskGroup() as group:
+            asked = [group.create_task(ask(fleet, number)) for number in range(REQUESTS)]
+            await eventually(lambda: _are(fleet, MAX_WORKERS), "all workers serve", limit_s=40)
+
+            async def shrunk() -> bool:
+                asked.append(group.create_task(ask(fleet, len(asked))))
+                return await workers(fleet) == 1
+
+            await eventually(shrunk, "one worker is left", limit_s=40, every_s=0.1)
+        assert [task.result() for task in asked] == [f"request {number}" for number in range(len(asked))]
+        assert len(asked) > REQUESTS + 10, "requests came while it shrank"
 
 
 async def test_a_batch_wakes_the_fleet_from_zero(fleet: Fleet) -> None:
@@ -150,6 +175,12 @@ async def test_one_of_two_autoscalers_acts_and_the_other_takes_over(fleet: Fleet
                 os.killpg(pid, signal.SIGKILL)
             await eventually(lambda: worker_pids(fleet.folder / "second"), "the second acts", limit_s=60)
             assert await ask(fleet, 4) == "request 4"
+
+
+async def _page(fleet: Fleet, port: int, path: str) -> str:
+    """A page of the autoscaler; empty unless it answers 200."""
+    async with fleet.session.get(f"http://127.0.0.1:{port}{path}") as answer:
+        return await answer.text() if answer.status == 200 else ""
 
 
 def _logs(fleet: Fleet) -> list[str]:
