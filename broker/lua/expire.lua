@@ -84,9 +84,8 @@ for i = 1, #counters, 2 do
     if waiting(key) > 0 and wake(key, now) then
       woken = woken + 1
     elseif pool then
-      for _ = 1, MAX_ASKED do
-        if not ask_to_yield(pool, now) then break end
-      end
+      local left = MAX_ASKED
+      while left > 0 and ask_to_yield(pool, now) do left = left - 1 end
     end
   end
 end

@@ -13,18 +13,16 @@ local answers, crashed, any_suspect = {}, {}, false
 
 -- A job that may yield goes on behind what it said; another one is handed back as it was.
 local function yield(job, envelope, reason)
-  local may = yields_left(job) > 0
-  local is_replaced = may and envelope ~= ''
-  if may then job.resume = 'y' .. int(yields_left(job) - 1) end
-  if is_replaced then
-    local size = string.len(envelope)
+  local left, size = yields_left(job), string.len(envelope)
+  if left > 0 then job.resume = 'y' .. int(left - 1) end
+  if left > 0 and size > 0 then
     spend(job.pool, job.tenant, 0, size - tonumber(job.size))
     job.size = int(size)
   end
   local outcome = retry_or_end(job, false, reason, now)
   note_handed_back(job, outcome, 0, now)
-  if may and outcome == 'requeued' then total(job, 'yielded') end
-  if is_replaced and outcome == 'requeued' then call('HSET', P .. 'job:' .. job.id, 'env', envelope) end
+  if left > 0 and outcome == 'requeued' then total(job, 'yielded') end
+  if left > 0 and size > 0 and outcome == 'requeued' then call('HSET', P .. 'job:' .. job.id, 'env', envelope) end
 end
 
 for i = 2, #ARGV, 6 do

@@ -526,9 +526,9 @@ GUARDS: list[tuple[Scenario, Rewrite]] = [
     (one_yields_for_each_that_waits, Rewrite("preemption", ">= waiting(", "< 0 * waiting(")),
     (an_attempt_is_asked_once, Rewrite("preemption", "call('ZADD', yieldable, int(-now), id)", "")),
     (what_has_ended_is_not_asked, Rewrite("leases", "note_end(job)", "")),
-    (a_job_yields_so_often_and_no_more, Rewrite("release", "int(yields_left(job) - 1)", "'1'")),
+    (a_job_yields_so_often_and_no_more, Rewrite("release", "int(left - 1)", "'1'")),
     (a_yield_is_not_charged, Rewrite("release", "job, false, reason", "job, true, reason")),
-    (what_it_said_is_kept, Rewrite("release", "if is_replaced and outcome == 'requeued' then", "if false then")),
+    (what_it_said_is_kept, Rewrite("release", "size > 0 and outcome == 'requeued'", "false")),
     (what_it_said_is_in_the_budget, Rewrite("release", "job.size = int(size)", "")),
     (a_suspect_runs_to_its_end, Rewrite("preemption", " and not is_suspect(job)", "")),
 ]  # fmt: skip

@@ -31,7 +31,7 @@ MUTANTS = {
     "renewal stop": Rewrite("renew", "if is_fenced(session_id) then return -1 end", ""),
     "deadline check": Rewrite("claim", "job and tonumber(job.deadline) <= now", "false"),
     "one is asked for each": Rewrite("preemption", "call('ZADD', yieldable, int(-now), id)", ""),
-    "yields end": Rewrite("release", "int(yields_left(job) - 1)", "'1'"),
+    "yields end": Rewrite("release", "int(left - 1)", "'1'"),
     "charge": Rewrite("claim", "start and start + charge_of(job)", "start and start + 1"),
     "lift": Rewrite("fairness", " or served[1]\n", "\n"),
     "taken back": Rewrite("attempts", "  correct(job, 0)\n", ""),

@@ -12,6 +12,7 @@ import asyncio
 import itertools
 import json
 import lzma
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,11 +25,13 @@ from queue_schemas import (
     ControlKind,
     Frame,
     Job,
+    Lane,
     Lease,
     Marker,
     MarkerKind,
     Outcome,
     SessionId,
+    Settled,
     State,
     parse_control,
 )
@@ -295,6 +298,24 @@ async def test_a_stream_of_a_new_router_survives_the_loss_of_an_old_worker(fabri
     assert await fabric.broker.jobs.resume(job, 2) is State.QUEUED
     (lease,) = await new.claim(other)
     assert await new.settle(lease) == "ok"
+    await fabric.is_empty()
+
+
+async def test_a_job_that_may_yield_is_run_by_either_version(fabric: Fabric) -> None:
+    """The one before hands it back as any other, and goes on behind what it said where it yielded to the new one."""
+    new, old = fabric.versions["new"], fabric.versions["old"]
+    before, after = await fabric.worker("old"), await fabric.worker("new")
+    job = fabric.job(lane=Lane.BATCH, yields=2)
+    await new.enqueue(job)
+    (first,) = await old.claim(before)
+    assert await old.release(first, counted=False) == "ok"
+    (second,) = await new.claim(after)
+    assert (second.job, second.epoch, second.attempt) == (job, 2, 1)
+    following = replace(job, prefix="Once", yields=1)
+    assert await fabric.broker.attempts.release_yielded(second, "it yields", following) is Settled.OK
+    (third,) = await old.claim(before)
+    assert (third.job.prefix, third.epoch, third.attempt) == ("Once", 3, 1)
+    assert await old.settle(third) == "ok"
     await fabric.is_empty()
 
 
