@@ -3,13 +3,14 @@
 The acting Manager calls :func:`place` once a round and tells the workers. Rules:
 
 * **A pool with waiting jobs and no worker** gets one in this round, from the first of: a worker whose pool has nothing
-  to do; a worker whose pool has room without it; and, once its work has waited as long as its model takes to load, a
-  worker whose pool needs it, if that pool's oldest job has waited less long, or this pool was without a worker for
-  ``SLICES`` dwell times. The pool that was so for longest goes first, so busy models take turns on one worker.
+  to do; a worker whose pool has room without it, or has only batches and background jobs in time, where interactive
+  jobs wait; and, once its work has waited as long as its model takes to load, a worker whose pool needs it, if that
+  pool's oldest job has waited less long, or this pool was without a worker for ``SLICES`` dwell times. The pool that
+  was so for longest goes first, so busy models take turns on one worker.
 * **A pool below its declared minimum** gets a worker whose pool has nothing to do, or room without it.
 * **A pool with more jobs than slots**, whose oldest has waited as long as its model takes to load, gets one worker a
-  round, of a pool that has more slots for its jobs, also afterwards: fewer jobs to a slot by ``MARGIN``. Never the last
-  worker of a pool with work.
+  round, of a pool that has room without it, or of one with too many jobs as well but fewer to a slot, also afterwards,
+  by ``MARGIN``. Never the last worker of a pool with work.
 * **No worker moves twice within its dwell time**: twice what it took to load its model, so that at most about half of
   its time is spent on loading (ski rental, as :mod:`scheduling.autoscale` says). A worker that loads is left alone.
 * **No pool falls below its minimum** or rises above its maximum by a move.
@@ -216,16 +217,19 @@ class _Fleet:
         left = self._slots[giver.model] - worker.slots
         if self._workers.get(taker.model, 0) >= max(taker.rules.min_workers, 1):
             return 1 if self._evens_out(giver, left, worker, taker) else None
-        if giver.outstanding <= left and giver.interactive <= UTILIZATION * left:
+        may_wait = not giver.interactive and giver.late_s <= 0
+        if _fits(giver, left) or (may_wait and taker.waiting and taker.late_s >= 0):
             return 1
         older = taker.late_s >= giver.late_s or taker.unserved_s >= SLICES * self._dwell_s(worker)
         return 2 if taker.waiting and older and taker.late_s >= taker.rules.start_s else None
 
     def _evens_out(self, giver: PoolDemand, left: int, worker: PlacedWorker, taker: PoolDemand) -> bool:
-        """Whether ``taker`` has still more jobs for each slot afterwards. Interactive jobs count alone where they do
-        not fit; else those of ``giver`` must fit."""
+        """Whether ``taker`` has still more jobs for each slot afterwards. What fits must fit afterwards, or the worker
+        would soon be wanted back. Interactive jobs count alone where they do not fit; else those of ``giver`` must."""
         if left <= 0 or taker.late_s < taker.rules.start_s:
             return False
+        if giver.outstanding <= self._slots[giver.model]:
+            return _fits(giver, left)
         slots = self._slots[taker.model]
         if taker.interactive > slots:
             return MARGIN * giver.interactive / left <= taker.interactive / (slots + worker.slots)
@@ -245,6 +249,10 @@ class _Fleet:
 
     def _by_load(self, pool: PoolDemand) -> tuple[float, str]:
         return (-pool.outstanding / max(self._slots[pool.model], 1), pool.model)
+
+
+def _fits(pool: PoolDemand, slots: int) -> bool:
+    return pool.outstanding <= slots and pool.interactive <= UTILIZATION * slots
 
 
 def _by_lateness(pool: PoolDemand) -> tuple[bool, float, float, str]:

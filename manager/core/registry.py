@@ -102,7 +102,7 @@ class Member:
         status = self.status
         return (
             self.state, self.assignment, self.verified, self.url_note, status.engine, status.engine_detail,
-            status.models, status.cards, status.slots, status.broker_ok, status.loaded,
+            status.models, status.cards, status.slots, status.broker_ok,
         )  # fmt: skip
 
     def info(self, now: float | None = None) -> WorkerInfo:

@@ -137,16 +137,20 @@ async def test_busy_models_take_turns_on_one_worker() -> None:
 
 async def test_what_does_not_answer_moves_nothing() -> None:
     """A shard that is away hides what its pools have: no worker of theirs is taken, and none is given."""
-    scene = Scene(1)
-    scene.waits("b", age_s=50.0)
+    for away_model, waiting, told in (("a", "c", ""), ("c", "c", ""), ("c", "b", "b")):
+        scene = Scene(1)
+        scene.queue.shard_of = {"a": 0, "b": 0, "c": 1}.__getitem__  # type: ignore[method-assign]
+        scene.waits(waiting, age_s=50.0)
+        hidden = scene.queue.shard_of(away_model)
 
-    async def depths(away: set[int] | None = None) -> dict[Pool, dict[Lane, LaneDepth]]:
-        assert away is not None
-        away.add(scene.queue.shard_of("a"))
-        return scene.queue.waiting
+        async def depths(
+            away: set[int], scene: Scene = scene, hidden: int = hidden
+        ) -> dict[Pool, dict[Lane, LaneDepth]]:
+            away.add(hidden)
+            return scene.queue.waiting
 
-    scene.queue.depths = depths  # type: ignore[method-assign]
-    assert await scene.round(60.0) == {"w1": ""}
+        scene.queue.depths = depths  # type: ignore[method-assign,assignment]
+        assert await scene.round(60.0) == {"w1": told}
 
 
 def test_the_rules_of_a_pool_are_checked() -> None:

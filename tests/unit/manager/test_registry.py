@@ -208,6 +208,16 @@ def test_a_worker_that_is_told_to_load_pulls_nothing_until_it_serves_that() -> N
     assert (_pulls(again.assignment), again.told_at, again.load_s) == (("b", ["b"]), 10.0, 30.0)
 
 
+def test_another_model_is_another_version() -> None:
+    """Though neither assignment names a pool."""
+    registry = _registry()
+    registry.join(_several(), 0.0)
+    told = registry.place("w", "b", 1.0).assignment
+    assert registry.place("w", "a", 2.0).assignment.order > told.order
+    other = registry.place("w", "c", 3.0).assignment
+    assert registry.place("w", "b", 4.0).assignment.order > other.order > told.order
+
+
 def test_a_load_that_fails_is_told_from_a_later_crash() -> None:
     """Only an engine that was never ready with its model failed to load it."""
     registry = _registry()

@@ -57,6 +57,17 @@ def test_a_pool_with_room_gives_its_least_busy_worker() -> None:
     assert moved([pool("a", 4), pool("b", 1, 1)], workers) == []  # the rest would be too full
 
 
+def test_batches_in_time_give_way_to_interactive_jobs_at_once() -> None:
+    """Not to other batches, and not once they have waited for too long."""
+    batches = pool("a", others=9, waiting=5, age_s=99.0, late_s=99.0 - BACKGROUND_WAIT_S)
+    late = pool("a", others=9, waiting=5, age_s=650.0, late_s=650.0 - BACKGROUND_WAIT_S)
+    workers = [worker(1, running=4)]
+    assert moved([batches, pool("b", 1, 1)], workers) == [("w1", "b")]
+    assert moved([batches, replace(batches, model="b")], workers) == []
+    assert moved([late, pool("b", 1, 1)], workers) == []
+    assert moved([batches, replace(batches, model="b")], [*workers, worker(2, running=4)]) == []
+
+
 def test_workers_that_cannot_load_it_stay() -> None:
     """Those with one model, without this one, or where it failed not long ago."""
     fixed = worker(1, loadable=frozenset())
@@ -104,12 +115,15 @@ def test_bounds_are_kept() -> None:
 
 
 def test_a_pool_with_more_jobs_than_slots_gets_one_worker_a_round() -> None:
-    """Once its oldest job has waited for as long as a load takes, and only while others have fewer jobs to a slot."""
+    """Once its oldest job has waited for as long as a load takes, from a pool that has room without it, or too many
+    jobs as well, but fewer to a slot."""
     workers = [worker(1), worker(2), worker(3, "b")]
     full = pool("b", 40, 36, 10.0)
     assert moved([full], workers) == [("w1", "b")]
     assert moved([pool("b", 40, 36, 9.0)], workers) == []
-    assert moved([pool("a", 8), full], workers) == [("w1", "b")]
+    assert moved([pool("a", 8), full], workers) == []
+    assert moved([pool("a", 3), full], workers) == [("w1", "b")]
+    assert moved([pool("a", 12, 4), full], workers) == [("w1", "b")]
     assert moved([pool("a", 24, 16), full], workers) == []
     assert moved([pool("a", 4), pool("b", others=40, waiting=36, age_s=99.0, late_s=99.0)], workers) == []
     assert moved([pool("a", 3), pool("b", others=40, waiting=36, age_s=99.0, late_s=99.0)], workers) == [("w1", "b")]
