@@ -64,12 +64,14 @@ class Autoscaler:
         self._driver_failures = 0
         self._driver_resumes_at = float("-inf")
         self._said = ""
+        self._looked = False
         self.reasons: list[str] = ["it has not looked yet"]
         """Why it does not scale now, in sentences; empty if it does."""
 
     async def look(self) -> None:
         """One look, and the steps that follow from it."""
         reasons: list[str] = []
+        self._looked = False
         try:
             await self._look(reasons)
         except DriverFailed as error:
@@ -80,6 +82,8 @@ class Autoscaler:
         except InferqError as error:
             self._metrics.failed("manager")
             reasons.append(error.message)
+        if not self._looked:
+            self._stabilizer = Stabilizer()  # what was not seen was not quiet
         for reason in reasons:
             if reason not in self.reasons:
                 log.warning("not_scaling", pool=self._settings.pool, reason=reason)
@@ -106,7 +110,6 @@ class Autoscaler:
     async def _look(self, reasons: list[str]) -> None:
         own = self._settings
         if not await self._claim():
-            self._stabilizer = Stabilizer()
             reasons.append(f"another autoscaler acts for {own.pool}")
             return
         if self._clock() < self._driver_resumes_at:
@@ -127,11 +130,12 @@ class Autoscaler:
         if wish.replicas is None:
             self._metrics.failed("queue")
             reasons.append(decision.why)
+        self._looked = True
         self._metrics.wanted.set(decision.replicas)
         self._tell(f"{roll.size} -> {decision.replicas} workers: {decision.why}", roll.size != decision.replicas)
-        await self._scale(roll, decision.replicas)
         self._told = {key: at for key, at in self._told.items() if key[0] in roll.owned}
         await self._see_off(roll.leaving | roll.missing, roll)
+        await self._scale(roll, decision.replicas)
         self._driver_failures = 0
 
     async def _claim(self) -> bool:

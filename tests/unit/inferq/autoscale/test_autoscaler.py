@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from inferq.autoscale.drivers.port import DriverFailed
 from queue_schemas import LANES, EngineState, Lane, LaneDepth
 from tests.unit.inferq.autoscale.scene import FakeDriver, FakeFabric, Scene
 
@@ -110,7 +111,7 @@ async def test_missing_figures_change_nothing_and_are_said(what: str) -> None:
     assert any(f"{what} is away" in reason for reason in scene.autoscaler.reasons)
     scene.fabric.down = set()
     await scene.look()
-    assert scene.fabric.drained == [] or what != "pool", "what was not seen does not count as quiet"
+    assert scene.fabric.drained == [], "what was not seen does not count as quiet"
     await scene.look(3)
     assert sorted(scene.fabric.drained) == ["w-1", "w-2"]
     assert scene.autoscaler.reasons == []
@@ -138,6 +139,26 @@ async def test_a_failing_driver_is_asked_again_after_a_pause() -> None:
     await scene.look(1, every_s=31)
     assert scene.autoscaler.reasons == []
     assert scene.driver.asked == [1]
+
+
+async def test_workers_that_cannot_be_started_do_not_keep_others_from_leaving() -> None:
+    """What drains is removed, although the next start fails."""
+    scene = Scene(max=3)
+    scene.fabric.waits(4)
+    await scene.look()
+    scene.all_join()
+    await scene.fabric.drain("w-1")
+    await scene.look()
+    del scene.fabric.registry["w-1"]
+
+    async def refuse(count: int) -> None:
+        raise DriverFailed("no quota left")
+
+    scene.driver.scale_to = refuse  # type: ignore[method-assign]
+    scene.fabric.waits(12)
+    await scene.look()
+    assert scene.driver.removed == ["w-1"]
+    assert scene.autoscaler.reasons == ["no quota left"]
 
 
 async def test_a_hanging_driver_is_given_up() -> None:
