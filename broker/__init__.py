@@ -4,8 +4,8 @@ from .client import Broker
 from .operations.attempts import Undelivered
 from .operations.dead_letters import MAX_DEAD_LETTERS, DeadLetters
 from .operations.durable_replies import ReplyMessage
-from .operations.fleet import RememberedPools
 from .operations.jobs import JobStatus
+from .operations.known_pools import RememberedPools
 from .operations.maintenance import Expired, Reclaimed
 from .operations.persisted_jobs import MAX_PAGE_JOBS
 from .operations.renewal import Renewer

@@ -21,6 +21,7 @@ from .operations.durable_replies import DurableReplies
 from .operations.fleet import Fleet
 from .operations.job_batches import ShardBatches
 from .operations.jobs import Jobs
+from .operations.known_pools import KnownPools
 from .operations.maintenance import Maintenance
 from .operations.output import PersistedOutput
 from .operations.persisted_jobs import PersistedJobs
@@ -42,8 +43,8 @@ class Broker:
     """The queue. Make one with :meth:`connect`, or :meth:`over` for a client at hand (fakeredis in tests).
 
     ``jobs``, ``replies``, ``output`` and ``persisted_jobs`` are for Routers, ``workers`` and ``attempts`` for workers,
-    ``durable_replies`` for batches, ``fleet``, ``maintenance`` and ``stats`` for Managers, ``dead_letters`` for
-    operators.
+    ``durable_replies`` for batches, ``fleet``, ``maintenance`` and ``stats`` for Managers, ``known_pools`` for Managers
+    and Routers, ``dead_letters`` for operators.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Broker:
         self.maintenance = Maintenance(caller, keys, control_read)
         self.workers = Workers(caller, keys, self.maintenance, control_read, lambda: open_caller(0))
         self.fleet = Fleet(caller, keys)
+        self.known_pools = KnownPools(caller)
         self.stats = QueueStats(caller, keys)
         self.dead_letters = DeadLetters(caller, keys)
 

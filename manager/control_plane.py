@@ -223,7 +223,7 @@ class ManagerService:
         workers = (await self.list_workers()).workers
         away: set[int] = set()
         depths = await call_queue(limit, queue.stats.depths(away))
-        known = await call_queue(limit, queue.fleet.known_pools())
+        known = (await call_queue(limit, queue.known_pools.remembered())).known
         pools = describe_pools(depths, workers, known)
         # Of a pool whose shard does not answer nothing is known: least of all that nothing waits there.
         return PoolList(pools=[pool for pool in pools if queue.shard_of(pool.model) not in away])
@@ -239,7 +239,7 @@ class ManagerService:
 
     async def claim_pool(self, claim: AutoscalerClaim) -> AutoscalerAnswer:
         """An autoscaler acts for a pool, which is declared by that. Redis decides, so any Manager answers."""
-        call = self._reached().fleet.claim_pool(claim.pool, claim.autoscaler_id, claim.ttl_ms)
+        call = self._reached().known_pools.claim(claim.pool, claim.autoscaler_id, claim.ttl_ms)
         return AutoscalerAnswer(acting=await call_queue(self.settings.broker_timeout_ms, call))
 
     async def show_metrics(self) -> None:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Protocol, TypeVar
 
-from broker import Expired, JobCounts, Reclaimed
+from broker import Expired, JobCounts, Reclaimed, RememberedPools
 from queue_schemas import BrokerUnavailable, Control, Lane, LaneDepth, Pool, SessionId, WorkerId, WorkerInfo
 from queue_schemas.fleet.acting_manager import ActingManager
 
@@ -32,13 +32,17 @@ class FleetPort(Protocol):
 
     async def save_workers(self, changed: Iterable[WorkerInfo], gone: Iterable[str]) -> None: ...
 
-    async def remember_pools(self, models: Iterable[str], *, declared: bool = False) -> None: ...
-
-    async def known_pools(self) -> dict[Pool, bool]: ...
-
-    async def claim_pool(self, pool: str, autoscaler_id: str, ttl_ms: int) -> bool: ...
-
     async def send_control(self, session_id: SessionId, control: Control, shard: int = 0) -> bool: ...
+
+
+class KnownPoolsPort(Protocol):
+    """:class:`broker.operations.known_pools.KnownPools`. Durations in milliseconds."""
+
+    async def remember(self, models: Iterable[str], *, declared: bool = False) -> None: ...
+
+    async def remembered(self) -> RememberedPools: ...
+
+    async def claim(self, pool: str, autoscaler_id: str, ttl_ms: int) -> bool: ...
 
 
 class MaintenancePort(Protocol):
@@ -64,6 +68,9 @@ class QueuePort(Protocol):
 
     @property
     def fleet(self) -> FleetPort: ...
+
+    @property
+    def known_pools(self) -> KnownPoolsPort: ...
 
     @property
     def maintenance(self) -> MaintenancePort: ...

@@ -100,12 +100,12 @@ class RegistrySnapshot:
             return
         self._pools_at = now  # until that is done
         if due & declared:
-            await call_queue(limit, self._queue.fleet.remember_pools(sorted(due & declared), declared=True))
-        known = await call_queue(limit, self._queue.fleet.known_pools())
+            await call_queue(limit, self._queue.known_pools.remember(sorted(due & declared), declared=True))
+        known = (await call_queue(limit, self._queue.known_pools.remembered())).known
         # Remembering a pool that another process declared would end its declaration.
         seen = sorted(model for model in due - declared if not known.get(Pool(model), False))
         if seen:
-            await call_queue(limit, self._queue.fleet.remember_pools(seen))
+            await call_queue(limit, self._queue.known_pools.remember(seen))
         still_due = {model: due_at for model, due_at in self._pools_due.items() if model in served | declared}
         self._pools_due = still_due | dict.fromkeys(due, now + POOLS_REFRESH_S)
         self._pools_at = min(self._pools_due.values())

@@ -170,7 +170,7 @@ class QueueLink:
         await self._find_acting_manager(queue)
         try:
             fleet: dict[str, WorkerInfo] = await queue.fleet.load_workers()
-            remembered = await queue.fleet.remembered_pools()
+            remembered = await queue.known_pools.remembered()
         except InferqError as error:
             if error.public != self._stale:
                 log.warning("directory_not_read", error=error.message)
@@ -206,7 +206,7 @@ class QueueLink:
         if not self._settings.pools or time.monotonic() - self._declared_s < DECLARE_INTERVAL_S:
             return
         try:
-            await queue.fleet.remember_pools(self._settings.pools, declared=True)
+            await queue.known_pools.remember(self._settings.pools, declared=True)
         except InferqError as error:
             log.warning("pools_not_declared", error=error.message)
         self._declared_s = time.monotonic()

@@ -164,7 +164,7 @@ async def _check_model(context: BatchContext, checkpoint: Checkpoint) -> float:
     """Report an error if no worker serves or served the model; the seconds to wait while one may still join."""
     model = Pool(checkpoint.progress.model or "")
     broker = context.queue()
-    known = model in await broker.fleet.known_pools()
+    known = model in (await broker.known_pools.remembered()).known
     if known or any(model in worker.models for worker in (await broker.fleet.load_workers()).values()):
         checkpoint.phase = Phase.COMPARE_IDS
         return 0
@@ -182,7 +182,7 @@ async def _late(context: BatchContext, batch: Batch, checkpoint: Checkpoint) -> 
     """Why the batch cannot end in time; empty if it can, or if that is not known: too little of its model has ended,
     nothing of it runs now, no worker serves it, or an autoscaler may start more."""
     request, broker, model = batch.request, context.queue(), Pool(checkpoint.progress.model or "")
-    if (request.metadata or {}).get(ALLOW_LATE) == "true" or model in (await broker.fleet.remembered_pools()).scaled:
+    if (request.metadata or {}).get(ALLOW_LATE) == "true" or model in (await broker.known_pools.remembered()).scaled:
         return ""
     workers = (await broker.fleet.load_workers()).values()
     slots = sum(worker.slots for worker in workers if worker.takes_work and model in worker.models)

@@ -104,9 +104,9 @@ async def test_a_registry_with_garbage_in_it_is_read_all_the_same(broker: Broker
     }  # fmt: skip
     await client.hset(WORKERS, mapping=garbage)
     assert await broker.fleet.load_workers() == {"w": known}
-    await broker.fleet.remember_pools([MODEL])
+    await broker.known_pools.remember([MODEL])
     await client.hset(POOLS, mapping={b"\xff:x": "1", "seen:bad": "soon", "seen:\n": 2**62, "what": 2**62, "seen:": 1})
-    assert await broker.fleet.known_pools() == {MODEL: False}
+    assert (await broker.known_pools.remembered()).known == {MODEL: False}
     await broker.workers.join(RUN)
     await client.hset(KEYS.renewals, mapping={b"\xff": "1", "no run": "1", RUN[:-1] + "2": "many"})
     assert set(await broker.maintenance.renewal_counters()) == {RUN}

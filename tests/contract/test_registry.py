@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from broker import Broker, RememberedPools
-from broker.operations.fleet import POOL_MEMORY_MS
+from broker.operations.known_pools import POOL_MEMORY_MS
 from queue_schemas import Assignment, EngineState, WorkerInfo, new_session_id
 from queue_schemas.fleet.acting_manager import ActingManager
 from queue_schemas.keys import MANAGER, POOLS, WORKERS, autoscaler_key
@@ -101,51 +101,51 @@ async def test_an_entry_that_cannot_be_read_is_left_out(broker: Broker, client: 
 
 async def test_pools_are_remembered(broker: Broker) -> None:
     """Declared pools and those seen within a day are known, also without any worker."""
-    await broker.fleet.remember_pools(["declared"], declared=True)
-    await broker.fleet.remember_pools(["seen", "sim/ä:{x}"])
-    assert await broker.fleet.known_pools() == {"declared": True, "seen": False, "sim/ä:{x}": False}
-    await broker.fleet.remember_pools([])
+    await broker.known_pools.remember(["declared"], declared=True)
+    await broker.known_pools.remember(["seen", "sim/ä:{x}"])
+    assert (await broker.known_pools.remembered()).known == {"declared": True, "seen": False, "sim/ä:{x}": False}
+    await broker.known_pools.remember([])
 
 
 async def test_pools_not_seen_for_a_day_are_forgotten(broker: Broker, client: Any) -> None:
     """The memory of a pool that nobody declared ends, and leaves nothing."""
-    await broker.fleet.remember_pools(["declared"], declared=True)
+    await broker.known_pools.remember(["declared"], declared=True)
     await client.hset(POOLS, mapping={"seen:old": 0, "declared:older": 0})
-    assert await broker.fleet.known_pools() == {"declared": True}
+    assert (await broker.known_pools.remembered()).known == {"declared": True}
     assert await client.hkeys(POOLS) == [b"declared:declared"]
 
 
 async def test_one_autoscaler_acts_for_a_pool(broker: Broker, client: Any) -> None:
     """Another gets it when the first gives it up; pools do not disturb each other. The pool is declared by that."""
-    assert await broker.fleet.claim_pool("m", "a", 60_000)
-    assert await broker.fleet.claim_pool("m", "a", 60_000)
-    assert not await broker.fleet.claim_pool("m", "b", 60_000)
-    assert await broker.fleet.claim_pool("n", "b", 60_000)
-    assert await broker.fleet.remembered_pools() == RememberedPools({"m": True, "n": True}, frozenset({"m", "n"}))
-    assert not await broker.fleet.claim_pool("m", "b", 0)
-    assert "m" in (await broker.fleet.remembered_pools()).scaled, "another's claim is not b's to give up"
-    assert not await broker.fleet.claim_pool("m", "a", 0)
-    assert await broker.fleet.remembered_pools() == RememberedPools({"m": True, "n": True}, frozenset({"n"}))
-    assert await broker.fleet.claim_pool("m", "b", 60_000)
+    assert await broker.known_pools.claim("m", "a", 60_000)
+    assert await broker.known_pools.claim("m", "a", 60_000)
+    assert not await broker.known_pools.claim("m", "b", 60_000)
+    assert await broker.known_pools.claim("n", "b", 60_000)
+    assert await broker.known_pools.remembered() == RememberedPools({"m": True, "n": True}, frozenset({"m", "n"}))
+    assert not await broker.known_pools.claim("m", "b", 0)
+    assert "m" in (await broker.known_pools.remembered()).scaled, "another's claim is not b's to give up"
+    assert not await broker.known_pools.claim("m", "a", 0)
+    assert await broker.known_pools.remembered() == RememberedPools({"m": True, "n": True}, frozenset({"n"}))
+    assert await broker.known_pools.claim("m", "b", 60_000)
     assert 0 < await client.pttl(autoscaler_key("m")) <= POOL_MEMORY_MS
 
 
 async def test_an_autoscaler_that_is_gone_is_responsible_for_a_minute(broker: Broker, client: Any) -> None:
     """Its claim lapses, and so does what it promised; the pool stays declared for a day."""
-    assert await broker.fleet.claim_pool("m", "a", 1)
-    await eventually(lambda: broker.fleet.claim_pool("m", "b", 60_000), "the claim lapses")
+    assert await broker.known_pools.claim("m", "a", 1)
+    await eventually(lambda: broker.known_pools.claim("m", "b", 60_000), "the claim lapses")
     await client.hset(POOLS, "scaled:m", 0)
-    assert await broker.fleet.remembered_pools() == RememberedPools({"m": True})
+    assert await broker.known_pools.remembered() == RememberedPools({"m": True})
     assert await client.hkeys(POOLS) == [b"declared:m"]
 
 
 async def test_being_served_does_not_end_a_declaration(broker: Broker, client: Any) -> None:
     """One role's declaration stands while another only remembers; when it is a day old, the pool is like any other."""
-    await broker.fleet.remember_pools(["m"], declared=True)
-    await broker.fleet.remember_pools(["m"])
-    assert await broker.fleet.known_pools() == {"m": True}
+    await broker.known_pools.remember(["m"], declared=True)
+    await broker.known_pools.remember(["m"])
+    assert (await broker.known_pools.remembered()).known == {"m": True}
     await client.hset(POOLS, "declared:m", 0)
-    assert await broker.fleet.known_pools() == {"m": False}
+    assert (await broker.known_pools.remembered()).known == {"m": False}
 
 
 async def test_the_acting_manager_says_where_it_is(broker: Broker) -> None:

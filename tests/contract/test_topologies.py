@@ -163,8 +163,8 @@ async def test_cancel_expire_and_the_managers_lease(broker: Broker) -> None:
         assert (await broker.maintenance.expire()).expired == 1
         assert await broker.jobs.enqueue(late) is State.EXPIRED
     assert await broker.fleet.acquire_leader_lease("m", 50)
-    await broker.fleet.remember_pools(["a"], declared=True)
-    assert (await broker.fleet.known_pools())["a"] is True  # type: ignore[index]
+    await broker.known_pools.remember(["a"], declared=True)
+    assert ((await broker.known_pools.remembered()).known)["a"] is True  # type: ignore[index]
     await broker.fleet.release_leader_lease("m")
     assert (await broker.facts()).maxmemory_policy in ("noeviction", "")
 

@@ -259,10 +259,10 @@ async def test_a_manager_may_claim_a_pool_for_an_autoscaler(server_with_users: S
     manager = await Broker.connect(BrokerSettings(redis_url=url_of("manager", server_with_users)))
     router = await Broker.connect(BrokerSettings(redis_url=url_of("router", server_with_users)))
     try:
-        assert await manager.fleet.claim_pool("org/m", "a", 60_000)
-        assert (await router.fleet.remembered_pools()).scaled == {"org/m"}
-        assert not await manager.fleet.claim_pool("org/m", "a", 0)
-        assert (await router.fleet.remembered_pools()).scaled == frozenset()
+        assert await manager.known_pools.claim("org/m", "a", 60_000)
+        assert (await router.known_pools.remembered()).scaled == {"org/m"}
+        assert not await manager.known_pools.claim("org/m", "a", 0)
+        assert (await router.known_pools.remembered()).scaled == frozenset()
     finally:
         await manager.close()
         await router.close()

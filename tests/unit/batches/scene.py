@@ -70,7 +70,7 @@ class Scene:
     async def serve(self, model: str = "sim") -> None:
         """A worker joins."""
         await self.worker.join()
-        await self.broker.fleet.remember_pools([model])
+        await self.broker.known_pools.remember([model])
 
     def submit(self, lines: Iterable[Mapping[str, Any]], tenant: Tenant = ACME, **fields: Any) -> str:
         """A batch over these lines."""

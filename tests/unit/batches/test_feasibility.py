@@ -95,7 +95,7 @@ async def test_nothing_is_refused_by_a_rate_that_is_not_known(scene: Scene) -> N
     await serve_some(scene, jobs=3)
     assert (await begun(scene, 30)).progress.status is BatchStatus.IN_PROGRESS
     await serve_some(scene)
-    await scene.broker.fleet.claim_pool("sim", "autoscaler-1", 60_000)
+    await scene.broker.known_pools.claim("sim", "autoscaler-1", 60_000)
     assert (await begun(scene, 30)).progress.status is BatchStatus.IN_PROGRESS
 
 

@@ -108,7 +108,7 @@ async def test_a_model_that_nobody_has_named_yet_is_waited_for(tmp_path: Path) -
         for _ in range(5):
             batch = await scene.step(batch_id)
         assert batch.progress.status is BatchStatus.VALIDATING
-        await scene.broker.fleet.remember_pools(["late"])
+        await scene.broker.known_pools.remember(["late"])
         batch = await scene.until(batch_id, lambda batch: batch.progress.status is not BatchStatus.VALIDATING)
         assert batch.progress.status is BatchStatus.IN_PROGRESS
         late = scene.submit([line(1, model="later")])

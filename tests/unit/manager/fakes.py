@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 
-from broker import Expired, JobCounts, Reclaimed
+from broker import Expired, JobCounts, Reclaimed, RememberedPools
 from manager import ManagerSettings
 from manager.core import ProbeResult, ProbeStatus
 from queue_schemas import (
@@ -41,7 +41,7 @@ class FakeQueue:
     controls: list[tuple[SessionId, Control]] = field(default_factory=list)
     reclaimed: list[SessionId] = field(default_factory=list)
     workers: dict[str, WorkerInfo] = field(default_factory=dict)
-    remembered: dict[Pool, bool] = field(default_factory=dict)
+    pools: dict[Pool, bool] = field(default_factory=dict)
     autoscalers: dict[str, str] = field(default_factory=dict)
     waiting: dict[Pool, dict[Lane, LaneDepth]] = field(default_factory=dict)
     counts: JobCounts = field(default_factory=JobCounts)
@@ -56,7 +56,7 @@ class FakeQueue:
     swept: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.fleet = self.maintenance = self.stats = self
+        self.fleet = self.known_pools = self.maintenance = self.stats = self
         self.reclaims_go_on.set()
 
     def open(self) -> AbstractAsyncContextManager[FakeQueue]:
@@ -140,20 +140,20 @@ class FakeQueue:
         for worker_id in gone:
             self.workers.pop(worker_id, None)
 
-    async def remember_pools(self, models: Iterable[str], *, declared: bool = False) -> None:
+    async def remember(self, models: Iterable[str], *, declared: bool = False) -> None:
         self._trip()
         for model in map(Pool, models):
-            self.remembered[model] = declared or self.remembered.get(model, False)
+            self.pools[model] = declared or self.pools.get(model, False)
 
-    async def claim_pool(self, pool: str, autoscaler_id: str, ttl_ms: int) -> bool:
+    async def claim(self, pool: str, autoscaler_id: str, ttl_ms: int) -> bool:
         self._trip()
         holder = self.autoscalers.setdefault(pool, autoscaler_id) if ttl_ms else self.autoscalers.pop(pool, "")
-        self.remembered[Pool(pool)] = True
+        self.pools[Pool(pool)] = True
         return bool(ttl_ms) and holder == autoscaler_id
 
-    async def known_pools(self) -> dict[Pool, bool]:
+    async def remembered(self) -> RememberedPools:
         self._trip()
-        return dict(self.remembered)
+        return RememberedPools(dict(self.pools))
 
     async def depths(self, away: set[int] | None = None) -> dict[Pool, dict[Lane, LaneDepth]]:
         self._trip()

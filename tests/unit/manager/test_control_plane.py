@@ -79,7 +79,7 @@ async def test_a_worker_learns_everything_from_its_registration() -> None:
         assert (answer.lease_ms, answer.heartbeat_interval_ms) == (600, 60)
         assert [(pool.pool, pool.shard) for pool in answer.assignment.pools] == [("m", queue.shard_of("m"))]
         assert (await service.heartbeat("w", _heartbeat())).assignment == answer.assignment
-        await _until(lambda: "w" in queue.workers and queue.remembered == {"m": False})
+        await _until(lambda: "w" in queue.workers and queue.pools == {"m": False})
         assert (await service.list_workers()).workers[0].heartbeat_age_ms < 1000
     assert queue.holder == "", "a clean end hands the lease back"
 
@@ -318,10 +318,10 @@ async def test_pools_are_declared_or_remembered() -> None:
     queue.waiting = {Pool("m"): {Lane.INTERACTIVE: LaneDepth(waiting=3, leased=1, oldest_age_ms=50)}}
     service = _service(queue, pools=["declared"])
     async with _running(service):
-        await _until(lambda: queue.remembered == {"old": True, "declared": True})
+        await _until(lambda: queue.pools == {"old": True, "declared": True})
         await service.register(_registration(models=["m", "declared"]))
-        await _until(lambda: "m" in queue.remembered)
-        assert queue.remembered[Pool("declared")] is True
+        await _until(lambda: "m" in queue.pools)
+        assert queue.pools[Pool("declared")] is True
         pools = (await service.pools()).pools
         assert [pool.model for pool in pools] == ["declared", "m", "old"]
         pool = await service.pool("m")

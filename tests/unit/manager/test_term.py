@@ -186,14 +186,14 @@ async def test_pools_stay_known_while_they_are_served_or_declared() -> None:
     term = _term(queue, clock, declared="d")
     await term.register(_registration())
     await term.save()
-    assert queue.remembered == {"m": False, "d": True}
-    queue.remembered = {Pool("d"): False, Pool("x"): True}
+    assert queue.pools == {"m": False, "d": True}
+    queue.pools = {Pool("d"): False, Pool("x"): True}
     clock.now += 599
     await term.save()
-    assert queue.remembered == {"d": False, "x": True}
+    assert queue.pools == {"d": False, "x": True}
     clock.now += 1
     await term.save()
-    assert queue.remembered == {"m": False, "d": True, "x": True}
+    assert queue.pools == {"m": False, "d": True, "x": True}
 
 
 async def test_a_snapshot_that_others_changed_is_written_again() -> None:

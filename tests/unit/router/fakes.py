@@ -66,7 +66,7 @@ class FakeQueue:
     call :meth:`answer`."""
 
     def __init__(self, *models: str) -> None:
-        self.jobs = self.replies = self.persisted_jobs = self.output = self.fleet = self.stats = self
+        self.jobs = self.replies = self.persisted_jobs = self.output = self.fleet = self.known_pools = self.stats = self
         self.ready = asyncio.Event()
         self.round_trips = 0
         self.workers = {"w1": worker(*models)} if models else {}
@@ -209,10 +209,10 @@ class FakeQueue:
             raise BrokerUnavailable("Redis is away")
         return self.workers
 
-    async def remembered_pools(self) -> RememberedPools:
+    async def remembered(self) -> RememberedPools:
         return RememberedPools(self.pools, self.scaled)
 
-    async def remember_pools(self, models: Iterable[str], *, declared: bool = False) -> None:
+    async def remember(self, models: Iterable[str], *, declared: bool = False) -> None:
         self.pools |= {Pool(model): declared for model in models}
 
     async def depths(self) -> dict[Pool, dict[Lane, LaneDepth]]:
