@@ -59,7 +59,7 @@ class Autoscaler:
         self._id = new_session_id(settings.autoscaler_id)
         self._claimed_until = float("-inf")
         self._stabilizer = Stabilizer()
-        self._roster = Roster(settings.pool, settings.start_timeout, settings.stop_timeout)
+        self._roster = Roster(settings.pool, settings.start_timeout, settings.stop_timeout, returns=driver.drains)
         self._told: dict[tuple[str, str], float] = {}
         self._driver_failures = 0
         self._driver_resumes_at = float("-inf")
@@ -134,7 +134,8 @@ class Autoscaler:
         self._metrics.wanted.set(decision.replicas)
         self._tell(f"{roll.size} -> {decision.replicas} workers: {decision.why}", roll.size != decision.replicas)
         self._told = {key: at for key, at in self._told.items() if key[0] in roll.owned}
-        await self._see_off(roll.leaving | roll.missing, roll)
+        if not self._driver.drains:  # else its platform ends what drains, and starts anew what does not start
+            await self._see_off(roll.leaving | roll.missing, roll)
         await self._scale(roll, decision.replicas)
         self._driver_failures = 0
 

@@ -56,6 +56,8 @@ class Roster:
     pool: str
     start_timeout_ms: float
     stop_timeout_ms: float
+    returns: bool = False
+    """Whether a worker that has drained may come back under its id, as a pod does whose container is started again."""
     _leaving: dict[str, float] = field(default_factory=dict)
     _now_ms: float = 0.0
     _idle_since: dict[str, float] = field(default_factory=dict)
@@ -84,7 +86,8 @@ class Roster:
         }
         self._now_ms = now_ms
         self.let_go(drained)
-        self._leaving = {worker_id: since for worker_id, since in self._leaving.items() if worker_id in owned}
+        still = drained if self.returns else owned
+        self._leaving = {worker_id: since for worker_id, since in self._leaving.items() if worker_id in still}
         staying = owned - self._leaving.keys()
         self._time_starts(staying, serving, now_ms)
         ready = staying & serving

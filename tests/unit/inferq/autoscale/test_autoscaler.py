@@ -83,6 +83,24 @@ async def test_a_driver_that_drains_by_itself_is_told_at_once() -> None:
     assert scene.fabric.drained == []
 
 
+async def test_what_a_platform_keeps_running_is_left_to_it() -> None:
+    """A pod that does not get ready, and one whose worker an operator drained: the fleet is not made smaller for them,
+    as other pods might go. The one that is back under its name serves and counts again."""
+    scene = Scene(FakeDriver(drains=True), max=3, min=3)
+    await scene.look()
+    scene.all_join()
+    scene.fabric.join("w-1", engine=EngineState.STARTING)
+    await scene.fabric.drain("w-2")
+    await scene.look()
+    assert scene.value("inferq_autoscaler_workers", state="leaving") == 1
+    scene.fabric.join("w-2")
+    await scene.look(150)
+    assert scene.value("inferq_autoscaler_workers", state="ready") == 2
+    assert scene.value("inferq_autoscaler_workers", state="leaving") == 0
+    assert scene.autoscaler.reasons == ["workers that take no work after 100 s: w-1"]
+    assert (scene.driver.removed, scene.driver.asked) == ([], [3])
+
+
 async def test_workers_of_others_count_and_are_left_alone() -> None:
     """Started by hand, or by the autoscaler before on another machine."""
     scene = Scene(scale_in_after="2s", max=2)
