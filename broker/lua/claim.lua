@@ -122,8 +122,7 @@ local function take_warmest(key, queue)
   local waiting_jobs = {}
   for i, entry in ipairs(entries) do waiting_jobs[i] = entry[2][6] or '' end
   local chosen = choose(waiting_jobs, cache)
-  if chosen > 1 then first = runnable(queue, entries[chosen]) end
-  return first, entries[1]
+  return chosen == 1 and first or chosen > 1 and runnable(queue, entries[chosen]) or nil, entries[1]
 end
 
 -- A new job of the tenant that was served least, and where that one stands.

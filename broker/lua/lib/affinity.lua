@@ -6,16 +6,12 @@
 
 local warm = {}
 
-local function slot_at(digests, at)
-  return string.sub(digests, at, at + SLOT_CHARS - 1)
-end
-
 -- Reads the slots of the first ``limit`` digests of each of these jobs.
 local function read_warm(jobs, limit)
   local slots = {}
   for _, digests in ipairs(jobs) do
     for at = 1, math.min(#digests, limit * DIGEST_CHARS), DIGEST_CHARS do
-      local slot = slot_at(digests, at)
+      local slot = string.sub(digests, at, at + SLOT_CHARS - 1)
       if not warm[slot] then slots[#slots + 1], warm[slot] = slot, '' end
     end
   end
@@ -24,7 +20,7 @@ end
 
 -- The holders of the digest at this place.
 local function holders_at(digests, at)
-  local proof, held = string.match(warm[slot_at(digests, at)] or '', '^(%S+) (.*)$')
+  local proof, held = string.match(warm[string.sub(digests, at, at + SLOT_CHARS - 1)] or '', '^(%S+) (.*)$')
   return proof == string.sub(digests, at + SLOT_CHARS, at + DIGEST_CHARS - 1) and held or ''
 end
 
@@ -46,7 +42,7 @@ local function learn(digests, cache)
   read_warm({ digests }, MAX_DIGESTS)
   local was_warm = is_holder(match_prefix(digests, MAX_DIGESTS), cache)
   for at = 1, #digests, DIGEST_CHARS do
-    local slot, held, number = slot_at(digests, at), cache, 1
+    local slot, held, number = string.sub(digests, at, at + SLOT_CHARS - 1), cache, 1
     for holder in string.gmatch(holders_at(digests, at), '%S+') do
       if holder ~= cache and number < MAX_HOLDERS then held, number = held .. ' ' .. holder, number + 1 end
     end
@@ -68,8 +64,8 @@ end
 local function follow_wait(key, waited_ms)
   local longest = counter('counters', key .. ':wait')
   if longest == 0 then return end
-  local faded = longest - math.ceil((longest - waited_ms) / PATIENCE_JOBS)
-  add('counters', key .. ':wait', math.max(waited_ms, faded, 1) - longest)
+  local less = longest - waited_ms
+  add('counters', key .. ':wait', math.max(-less, -math.ceil(less / PATIENCE_JOBS), 1 - longest))
 end
 
 -- Which of the waiting jobs a worker with ``cache`` takes, given as their digests: the first that is warm here; else the
