@@ -12,6 +12,7 @@ PARTS = {
     "dead_letters",
     "durable_replies",
     "fleet",
+    "known_pools",
     "jobs",
     "maintenance",
     "output",

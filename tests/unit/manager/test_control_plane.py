@@ -314,7 +314,7 @@ async def test_a_deregistration_just_before_the_end_is_saved() -> None:
 
 async def test_pools_are_declared_or_remembered() -> None:
     """Declared models are known before any worker, and so is what others declared or was served."""
-    queue = FakeQueue(remembered={Pool("old"): True})
+    queue = FakeQueue(pools={Pool("old"): True})
     queue.waiting = {Pool("m"): {Lane.INTERACTIVE: LaneDepth(waiting=3, leased=1, oldest_age_ms=50)}}
     service = _service(queue, pools=["declared"])
     async with _running(service):
