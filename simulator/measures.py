@@ -8,17 +8,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from queue_schemas.lanes import Lane
-from scheduling.prediction import is_off_by
+from scheduling.prediction import is_off_by, patience_ms
 
 from .requests import Request
+
+ADMISSION_MARGIN = 0.25
 
 
 @dataclass(frozen=True, slots=True)
 class Objectives:
-    """A request is good if its first token came within ``ttft_s`` and the others on average every ``tpot_s``."""
+    """A request is good if its first token came within ``ttft_s`` and the others on average every ``tpot_s``. Where
+    requests had to start within ``deadline_s``, admission would refuse those whose predicted wait is longer."""
 
     ttft_s: float = 2.0
     tpot_s: float = 0.05
+    deadline_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +35,9 @@ class Summary:
     ``fairness`` is the median, over lanes and windows in which several tenants had work waiting throughout, of the
     least weighted service of such a tenant over the most: 1 is fair; None without such a window. ``prediction_error``
     is the median of how far the predicted waits of interactive requests were off, as a part of the real ones; None
-    without any. ``redone_tokens`` were computed more than once.
+    without any. ``refusals`` are interactive requests that admission would refuse for their deadline, and
+    ``right_refusals`` those of them that did wait beyond it: all are run. ``redone_tokens`` were computed more than
+    once.
     """
 
     requests: int
@@ -54,6 +60,8 @@ class Summary:
     redone_tokens: int
     fairness: float | None
     prediction_error: float | None
+    refusals: int
+    right_refusals: int
     lasted_s: float
 
 
@@ -65,6 +73,7 @@ class Recorder:
         self._ttft = array("d")
         self._tpot = array("d")
         self._off_by = array("d")
+        self._refusals = self._right_refusals = 0
         self._finished = self._interactive = self._good = self._failed = 0
         self._prompt_tokens = self._cached_tokens = self._output_tokens = self._redone_tokens = 0
 
@@ -106,6 +115,8 @@ class Recorder:
             redone_tokens=self._redone_tokens,
             fairness=fairness,
             prediction_error=statistics.median(self._off_by) if self._off_by else None,
+            refusals=self._refusals,
+            right_refusals=self._right_refusals,
             lasted_s=lasted_s,
         )
 
@@ -113,6 +124,7 @@ class Recorder:
         self._interactive += 1
         if request.predicted_ms is not None:
             self._off_by.append(is_off_by(request.predicted_ms, request.waited_ms))
+            self._judge(request.predicted_ms, request.waited_ms)
         ttft = request.first_at - request.arrived_at
         self._ttft.append(ttft)
         tpot = 0.0
@@ -120,6 +132,12 @@ class Recorder:
             tpot = (now - request.first_at) / (request.output_tokens - 1)
             self._tpot.append(tpot)
         self._good += ttft <= self._objectives.ttft_s and tpot <= self._objectives.tpot_s
+
+    def _judge(self, predicted_ms: int, waited_ms: int) -> None:
+        deadline_s = self._objectives.deadline_s
+        if deadline_s is not None and predicted_ms > patience_ms(int(deadline_s * 1e3), ADMISSION_MARGIN):
+            self._refusals += 1
+            self._right_refusals += waited_ms > deadline_s * 1e3
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:

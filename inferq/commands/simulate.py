@@ -34,6 +34,7 @@ _COLUMNS = (
     Column("HIT %", rank=1, right=True),
     Column("FAIRNESS", rank=4, right=True),
     Column("PREDICTED", rank=5, right=True),
+    Column("REFUSALS", rank=6, right=True),
     Column("REDONE", rank=5, right=True),
     Column("FAILED", rank=6, right=True),
 )
@@ -77,7 +78,11 @@ def run_simulations(
         slots=policies.slots,
         hop_s=policies.hop_ms / 1e3,
         profile=_profile(engine),
-        objectives=Objectives(report.ttft_ms / 1e3, report.tpot_ms / 1e3),
+        objectives=Objectives(
+            report.ttft_ms / 1e3,
+            report.tpot_ms / 1e3,
+            None if report.deadline_ms is None else report.deadline_ms / 1e3,
+        ),
         weights=dict(_weight(text) for text in policies.weight or ()),
         rules=_rules(policies),
     )
@@ -197,6 +202,7 @@ def _row(case: _Case, one: Summary) -> Row:
             f"{one.hit_rate * 100:.1f}",
             "-" if one.fairness is None else f"{one.fairness:.2f}",
             "-" if one.prediction_error is None else f"{one.prediction_error * 100:.0f} % off",
+            f"{one.right_refusals:,} of {one.refusals:,} right" if one.refusals else "-",
             f"{one.redone_tokens:,}",
             f"{one.failed:,}",
         )

@@ -142,6 +142,14 @@ class ReportOptions:
     tpot_ms: Annotated[
         float, typer.Option(min=0, help="Objective: mean time of each further token.", rich_help_panel=_OUTPUT)
     ] = 50.0
+    deadline_ms: Annotated[
+        float | None,
+        typer.Option(
+            min=1,
+            help="Count whom admission would refuse if requests had to start within this.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None
     plot: Annotated[
         Path | None,
         typer.Option(metavar="FILE.png", help="Draw the figures; needs the extra 'plot'.", rich_help_panel=_OUTPUT),

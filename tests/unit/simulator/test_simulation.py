@@ -199,3 +199,12 @@ def test_predicted_waits_are_about_right() -> None:
     assert found.prediction_error is not None
     assert found.prediction_error < 0.25
     assert simulate(trace, SimulationOptions(policy="round-robin", workers=1)).prediction_error is None
+
+
+def test_whom_admission_refuses_would_have_waited_too_long() -> None:
+    """Of those whose predicted wait is longer than their deadline, and a margin, nearly all do wait longer."""
+    trace = load_trace("bursts:requests=12000,rate=16,prompt=600,output=200,factor=6")
+    found = simulate(trace, SimulationOptions(workers=1, objectives=Objectives(deadline_s=8.0)))
+    assert found.refusals > 1000
+    assert found.right_refusals > 0.95 * found.refusals
+    assert simulate(trace, SimulationOptions(workers=1)).refusals == 0
