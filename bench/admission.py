@@ -1,9 +1,10 @@
 """Measure how well waits are predicted, and whether the requests that are refused would have missed their deadlines.
 
-``python -m bench.admission`` sends the same requests, at the same random times and for more than the fleet can serve,
-to a fleet that refuses (``admission = on``) and then, replayed, to one that does not. It prints how many were refused,
-and what share of these did miss their deadline in the replay; and the error of predicted waits, from the worker's
-metric, of the run that refuses and of one whose load swings around what the fleet can serve.
+``python -m bench.admission`` sends the same requests at the same random times to a fleet that refuses (``admission =
+on``) and then, replayed, to one that does not. The load swings around what the fleet can serve, so that waits grow and
+shrink; some requests have short deadlines of any length, the others wait for as long as it takes. It prints how many
+were refused, and what share of these did miss their deadline in the replay; and the error of predicted waits, from the
+worker's metric.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ async def replay(one: Fleet, options: argparse.Namespace, rates: Sequence[float]
         own = random.Random(number)
         tenant = own.choice(list(_TENANTS))
         body = chat(own, _WORDS, _TOKENS)
-        status, answer = await ask(one.routers[0], tenant, body, x_inferq_deadline_ms=str(options.deadline_ms))
+        is_short = own.random() < options.short_share
+        deadline_ms = own.randint(options.deadline_ms // 10, options.deadline_ms) if is_short else 120_000
+        status, answer = await ask(one.routers[0], tenant, body, x_inferq_deadline_ms=str(deadline_ms))
         if status == 429 and answer["error"]["code"] != "wait_too_long":
             raise ValueError(answer)
         outcomes[number] = {200: SERVED, 429: REFUSED, 504: MISSED}[status]
@@ -83,31 +86,29 @@ async def _run(
 
 
 async def _all(options: argparse.Namespace, console: Console) -> None:
-    overload = [options.overload * options.capacity] * options.seconds
-    swings = [options.capacity * (1.6 if second // 5 % 2 else 0.5) for second in range(options.seconds)]
+    swings = [options.capacity * (2.0 if second % 14 < 8 else 0.2) for second in range(options.seconds)]
     with tempfile.TemporaryDirectory(prefix="inferq-bench-") as name:
         folder = Path(name)
-        with_it, error = await _run(options, folder / "on", overload, admission="on")
-        without, open_error = await _run(options, folder / "off", overload, admission="off")
-        _, swing_error = await _run(options, folder / "swings", swings, admission="off")
+        with_it, error = await _run(options, folder / "on", swings, admission="on")
+        without, open_error = await _run(options, folder / "off", swings, admission="off")
     refused = [number for number, outcome in with_it.items() if outcome == REFUSED]
     right = sum(without[number] == MISSED for number in refused)
     for title, outcomes in (("with admission", with_it), ("without", without)):
         counts = {kind: list(outcomes.values()).count(kind) for kind in (SERVED, MISSED, REFUSED)}
         console.print(f"{title}: {counts}")
     console.print(f"refused: {len(refused)}; of these missed in the replay: {right / max(len(refused), 1):.1%}")
-    for title, buckets in (("refusing", error), ("overloaded", open_error), ("swinging load", swing_error)):
+    for title, buckets in (("with admission", error), ("without", open_error)):
         console.print(f"error of predicted waits, {title}: median {median(buckets):.1%} of {buckets[math.inf]:.0f}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(prog="python -m bench.admission", description=__doc__)
-    parser.add_argument("--seconds", type=int, default=30)
+    parser.add_argument("--seconds", type=int, default=98)
     parser.add_argument("--slots", type=int, default=8)
     parser.add_argument("--capacity", type=float, default=34.0, help="requests a second that the fleet can serve")
-    parser.add_argument("--overload", type=float, default=2.2, help="how many times that is sent")
-    parser.add_argument("--deadline-ms", type=int, default=3_000)
+    parser.add_argument("--short-share", type=float, default=0.6, help="of requests with a short deadline")
+    parser.add_argument("--deadline-ms", type=int, default=6_000, help="the longest of the short ones")
     parser.add_argument("--margin", type=float, default=0.25, help="admission_margin of the Router")
     uvloop.run(_all(parser.parse_args(argv), Console(width=120)))
     return 0

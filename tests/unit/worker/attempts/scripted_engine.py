@@ -107,6 +107,8 @@ class RecordingBroker:
     def __init__(self) -> None:
         self.attempts = self.output = self
         self.settled: list[tuple[Lease, Outcome, list[Frame]]] = []
+        self.figures: list[dict[str, int | None]] = []
+        """What each of these is said to have used, and for how long it had its slot."""
         self.released: list[tuple[str, bool]] = []
         self.yields: list[Job | None] = []
         self.declined: list[bool] = []
@@ -127,6 +129,7 @@ class RecordingBroker:
             self.failures -= 1
             raise BrokerUnavailable("away")
         self.settled.append((lease, outcome, unpack_frames(frames)))
+        self.figures.append(figures)
         return Settled.OK
 
     async def release(self, lease: Lease, reason: str, *, counted: bool, avoid_ms: int) -> Settled:
