@@ -7,6 +7,8 @@ import signal
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.support.fleet import Fleet
 from tests.support.processes import Child
 from tests.support.ray_cluster import RayCluster
@@ -26,6 +28,7 @@ def autoscaler(cluster: RayCluster, folder: Path) -> Child:
     return Child("autoscaler", args, folder / "autoscaler.log", env=env, cwd=folder)
 
 
+@pytest.mark.timeout(300)  # alone it also waits for the cluster's start and end
 async def test_workers_come_as_actors_and_go_again(ray_fleet: Fleet, ray_cluster: RayCluster, tmp_path: Path) -> None:
     """Every request that waited for them is answered. The next autoscaler finds the workers of a killed one."""
     child = autoscaler(ray_cluster, tmp_path)
