@@ -307,3 +307,18 @@ async def test_it_serves_another_model_after_a_switch(tmp_path: Path) -> None:
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     assert not alive(last)
+
+
+def test_each_installed_model_has_its_command() -> None:
+    """vLLM serves a folder under the name that clients use; the simulated engine takes the name."""
+    settings = WorkerSettings.load(model="org/a", installed_models="b=/m/b,c", vllm_command=sys.executable)
+    engine = make_engine(settings)
+    assert isinstance(engine, ProcessEngine)
+    assert (engine.loadable, engine.loaded) == (("org/a", "b", "c"), "org/a")
+    commands = {model: launch(9).command for model, launch in engine._launches.items()}
+    assert commands["b"][1:3] == ("serve", "/m/b")
+    assert commands["b"][commands["b"].index("--served-model-name") + 1] == "b"
+    assert all("--served-model-name" not in commands[model] for model in ("org/a", "c"))
+    simulated = make_engine(WorkerSettings.load(engine="sim-process", model="a", installed_models="b"))
+    assert isinstance(simulated, ProcessEngine)
+    assert [launch(9).command[3:5] for launch in simulated._launches.values()] == [("--model", "a"), ("--model", "b")]
