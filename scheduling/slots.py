@@ -10,9 +10,10 @@ A worker asks its engine about once a second, calls :func:`next_state` with each
   effect is not repeated.
 * **Down, before it thrashes.** A preemption, or a KV cache that is nearly full, takes a fixed share away, once for each
   time that a decrease had its effect.
-* **Up, by probing.** With all slots in use, nothing waiting and room in the KV cache, the limit grows by one, then by
-  twice as much each time, at most by a quarter. After a decrease it waits, twice as long after each that follows
-  (additive increase and multiplicative decrease: Chiu and Jain, 1989; the doubling start: Jacobson, 1988).
+* **Up, by probing.** With nothing waiting, room in the KV cache and, from the setting on, all slots in use, the limit
+  grows by one, then by twice as much each time, at most by a quarter. After a decrease it waits, twice as long after
+  each that follows (additive increase and multiplicative decrease: Chiu and Jain, 1989; the doubling start: Jacobson,
+  1988).
 * **Without readings** the limit is the setting.
 """
 
@@ -109,7 +110,9 @@ def next_state(
     target = _overload_target(state, load, busy)
     if target is not None:
         return _shrunk(seen, target)
-    if not all_in_use or load.waiting or (load.kv_usage or 0.0) >= KV_ROOM:
+    # Below the setting a worker need not show that it wants more: it is seldom full while it offers less than others.
+    wanted = all_in_use or state.limit < bounds.setting
+    if not wanted or load.waiting or (load.kv_usage or 0.0) >= KV_ROOM:
         return replace(seen, clean=0)
     return _grown(replace(seen, clean=state.clean + 1), bounds)
 

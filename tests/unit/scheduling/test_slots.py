@@ -206,6 +206,14 @@ def test_a_limit_that_is_not_used_does_not_grow() -> None:
     assert state.limit == WIDE.setting
 
 
+def test_a_limit_below_the_setting_grows_back_without_being_used_up() -> None:
+    """New work goes to workers with more free slots: one that was cut to a few would never have all of them in use."""
+    state = SlotState(2)
+    for _ in range(50):
+        state = next_state(state, WIDE, EngineLoad(0, 1, 0.1), busy=1, all_in_use=False)
+    assert state.limit == WIDE.setting
+
+
 def test_a_limit_does_not_grow_into_a_cache_that_fills_up() -> None:
     """Between the two marks of the KV cache it rests."""
     state = first_state(WIDE)
@@ -254,7 +262,8 @@ def test_the_limit_stays_within_its_bounds_whatever_the_engine_says(
         before = state.limit
         state = next_state(state, bounds, load, busy=busy, all_in_use=all_in_use)
         assert 1 <= state.limit <= bounds.maximum
-        clean = clean + 1 if load is not None and not load.waiting and all_in_use else 0
+        wanted = all_in_use or before < setting
+        clean = clean + 1 if load is not None and not load.waiting and wanted else 0
         if load is not None and state.limit > before:
             assert clean >= CLEAN_READINGS
             assert state.limit <= before + max(before // 4, 1)
