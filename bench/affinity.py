@@ -1,6 +1,6 @@
 """Prefix affinity against round robin and least loaded, on a part of a trace with the blocks of its prompts.
 
-``python -m bench.affinity ../shared/data/mooncake_conversation.jsonl.gz`` takes every n-th conversation of the trace,
+``python -m bench.affinity mooncake_conversation.jsonl.gz`` takes every n-th conversation of the trace,
 in their order and faster, and sends it as streams to four engines with prefix caches: through inferq, through it with
 affinity off (the worker with the most free slots is handed the next request), and round robin without a queue; and
 simulates the same. The oracle is one cache of the whole trace that forgets nothing. Exit code 1 if a figure misses what
