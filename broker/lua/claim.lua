@@ -152,7 +152,7 @@ local function take(key)
   job = job or turn % 4 == 3 and take_retry(key)
   if job then
     add('counters', key .. ':turn', 1)
-    follow_wait(key, now - tonumber(job.at))
+    if start then follow_wait(key, now - tonumber(job.at)) end -- that of a retry has its run in it
   end
   return job, start
 end

@@ -96,6 +96,18 @@ async def within_it_the_warm_job_is_taken(scene: Scene) -> None:
     assert (await scene.worker.claim_one()).job.affinity == MINE
 
 
+async def a_retry_tells_no_wait(scene: Scene) -> None:
+    """What ran for an hour and waits again has not waited for an hour: nobody may be overtaken for so long."""
+    await scene.broker.jobs.enqueue(scene.job())
+    lease = await scene.worker.claim_one()
+    await scene.wait(2_000)
+    await scene.broker.attempts.release(lease, "it drains", counted=False)
+    for digests in (MINE, THEIRS):
+        await scene.broker.jobs.enqueue(scene.job(affinity=digests))
+    assert len(await scene.worker.claim(1)) == 1
+    assert int(await scene.client.hget(KEYS.counters, f"{WAITS_AT}:wait")) < 2_000
+
+
 async def few_holders_are_kept(scene: Scene) -> None:
     """What one digest takes is bounded, however many workers serve it."""
     for _ in range(MAX_HOLDERS + 1):
@@ -134,6 +146,7 @@ GUARDS: list[tuple[Scenario, Rewrite]] = [
     (a_slot_is_no_proof, Rewrite("affinity", PROOF, "held or ''")),
     (a_patience_ends, Rewrite("claim", " or now - tonumber(first.at) >= patience", "")),
     (within_it_the_warm_job_is_taken, Rewrite("affinity", "if is_holder(held, cache) then return i end", "")),
+    (a_retry_tells_no_wait, Rewrite("claim", "if start then follow_wait", "if job then follow_wait")),
     (few_holders_are_kept, Rewrite("affinity", " and number < MAX_HOLDERS", "")),
     (a_retried_job_is_remembered, Rewrite("claim", "return fields[2] or ''", "return ''")),
     (the_wait_is_forgotten_with_the_queue, Rewrite("counters", ", ':wait' }", " }")),
