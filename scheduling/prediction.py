@@ -24,6 +24,9 @@ RATE_JOBS = 64
 KNOWN_JOBS = 8
 """How many jobs must have ended before anything is predicted."""
 
+MAX_WAIT_MS = 10_000_000_000
+"""A longer wait is told as this one (about 16 weeks): no deadline is as far away."""
+
 
 @record
 class Rate:
@@ -79,7 +82,7 @@ def place_of(lanes: Mapping[Lane, LaneState], lane: Lane, own: int, tenants: int
     if ran < KNOWN_JOBS or cost < 1 or slots < 1:
         return Place(jobs, None)
     wait = (ahead * (run_ms / cost) * LANE_CYCLE / (LANE_CYCLE - below) + run_ms / ran / 2) / slots
-    return Place(jobs, int(wait))
+    return Place(jobs, int(min(wait, MAX_WAIT_MS)))
 
 
 def patience_ms(deadline_ms: int, margin: float) -> int:

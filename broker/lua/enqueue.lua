@@ -15,7 +15,7 @@
 --       is known. Where another job holds the idempotency key: 'other <job id> <state>', or 'mismatch' if its request is another one.
 -- Invariants: 1 no lost job, 2 one result, 3 fence, 4 idempotency, 8 bounded memory, 12 conservation, 13 liveness.
 -- uses: affinity, counters, handoff, parking, persisted, prediction, preemption, queue
--- rarely: persist, holder, listen, add_new_entry, wake, unpark, ask_to_yield, note_start
+-- rarely: persist, holder, listen, add_new_entry, wake, is_parked_at, unpark, ask_to_yield, note_start
 
 local now = now_ms()
 local came_at = int(now)
@@ -84,7 +84,7 @@ local function enqueue(id, envelope, pool, lane, band, tenant, reply, persisted,
   if digests ~= '' then read('counters', { at .. ':wait', outcome .. 'warm', outcome .. 'cold' }) end
   if attempt_base ~= '' then owner, entry = hand_over(at, id, envelope, aid, ttl_ms, digests) end
   if not owner then
-    local is_free = waiting(at) == 0 and most_free(at)
+    local is_free = waiting(at) == 0 and (most_free(at) or is_parked_at(at, now))
     if not is_free then job.predicted = predicted_wait(job) or '' end
     if patience ~= '' and not is_free and (patience == '0' or (tonumber(job.predicted) or 0) > tonumber(patience)) then
       return 'late ' .. job.predicted

@@ -222,6 +222,9 @@ def _resumption_of(job: Job) -> str:
     return f"y{job.yields}" if job.yields and job.lane is not Lane.INTERACTIVE else "0"
 
 
+MAX_RETRY_AFTER_S = 3_600
+"""Who is refused for a long queue may ask again after an hour: workers may have come."""
+
 _BUDGET_SENTENCES = {
     "tenant_jobs": "your account has too many requests waiting or running",
     "tenant_bytes": "your account has too many bytes of requests waiting or running",
@@ -236,7 +239,7 @@ def _would_wait(predicted_ms: int | None, patience_ms: int) -> WaitTooLong:
     why = "longer than its deadline allows" if patience_ms else "and it asks not to be queued"
     error = WaitTooLong(
         f"no slot is free: the request would wait{about}, {why}; send it again later, or allow it more time",
-        retry_after_s=max(1, -(-((predicted_ms or 0) - patience_ms) // 1000)),
+        retry_after_s=min(max(1, -(-((predicted_ms or 0) - patience_ms) // 1000)), MAX_RETRY_AFTER_S),
     )
     if predicted_ms is not None:
         error.details["predicted_wait_ms"] = predicted_ms

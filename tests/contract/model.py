@@ -126,7 +126,8 @@ class Model:
             self._hand_over(live, taker, attempt_id)
             return State.QUEUED
         require(not taker, f"{job.id} was handed to {taker}, which has offered nothing, or is not its turn")
-        if not (takers and is_first):
+        parked = any(until >= self.now for until in self.parked[place].values())
+        if not ((takers or parked) and is_first):
             live.predicted_ms = self._predicted(live)
         self._stand(live, Line("fresh", place, job.band, job.tenant))
         if job.affinity:
@@ -646,7 +647,8 @@ class Model:
             self._correct(live, charge)
         live.charged = units(charge)
         self.turns[live.place] += 1
-        self.waits[live.place] = patience_ms(self.waits[live.place], self.now - live.enqueued_at)
+        if live.line is not None and live.line.kind == "fresh":
+            self.waits[live.place] = patience_ms(self.waits[live.place], self.now - live.enqueued_at)
         self._enter(live, State.LEASED)
         self._leave_line(live)
         live.attempts += 1

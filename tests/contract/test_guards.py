@@ -476,7 +476,22 @@ async def a_free_slot_refuses_nobody(scene: Scene) -> None:
     assert not await _is_refused(scene, 0, body=b"x" * 300_000)
 
 
+async def a_parked_worker_refuses_nobody(scene: Scene) -> None:
+    """One that offers nothing has a free slot, and will be woken."""
+    await scene.worker.claim(1)
+    assert not await _is_refused(scene, 0)
+
+
+async def a_full_worker_frees_nothing(scene: Scene) -> None:
+    """One of many queues stands among the parked when what it offered is used up."""
+    await scene.worker.claim(1)
+    await scene.client.hset(KEYS.claimed(scene.worker.session_id), "full", 1)
+    assert await _is_refused(scene, 0)
+
+
 GUARDS: list[tuple[Scenario, Rewrite]] = [
+    (a_parked_worker_refuses_nobody, Rewrite("enqueue", "(most_free(at) or is_parked_at(at, now))", "most_free(at)")),
+    (a_full_worker_frees_nothing, Rewrite("parking", "if not call('HGET', P .. 'claimed:' .. id, 'full') then", "do")),
     (who_would_wait_too_long_is_refused, Rewrite("enqueue", " > tonumber(patience)", " > 1e12")),
     (little_seen_refuses_nobody, Rewrite("prediction", "sums[':ran'] < KNOWN_JOBS or ", "")),
     (who_may_not_wait_is_refused, Rewrite("enqueue", "patience == '0' or ", "")),

@@ -10,7 +10,7 @@ import pytest
 
 from broker import Broker
 from queue_schemas import Lane, Lease, Outcome, State, WaitTooLong
-from scheduling.prediction import KNOWN_JOBS, LaneState, Place, Rate, patience_ms, place_of
+from scheduling.prediction import KNOWN_JOBS, MAX_WAIT_MS, LaneState, Place, Rate, patience_ms, place_of
 from tests.support.queue import MODEL, Puller, make_job
 
 RUN_MS, COST = 1_000, 100
@@ -114,6 +114,45 @@ async def test_who_may_not_wait_is_refused_unless_a_slot_is_free(broker: Broker,
     assert await predicted(broker, patience=0, body=b"x" * 300_000) is None
     with pytest.raises(WaitTooLong):
         await predicted(broker, patience=0)
+
+
+async def test_a_worker_that_offers_nothing_has_a_free_slot_all_the_same(broker: Broker, worker: Puller) -> None:
+    """One that serves several shards offers none, and waits to be woken: nobody is refused or told to wait, until it
+    is on its way."""
+    await observed(broker, worker)
+    await running(broker, worker, 1)
+    for patience in (0, 1):
+        assert await worker.claim(1) == []
+        assert await predicted(broker, patience) is None
+        with pytest.raises(WaitTooLong):
+            await predicted(broker, patience)
+        assert len(await worker.claim(1)) == 1
+
+
+async def test_a_place_far_behind_is_told_by_when_it_came(broker: Broker, client: Any) -> None:
+    """Roughly, and at a cost that does not grow with the queue."""
+    jobs = [make_job() for _ in range(300)]
+    for job in jobs:
+        await broker.jobs.enqueue(job)
+        await asyncio.sleep(0.001)
+    told = [place.jobs_ahead for job in jobs if (place := (await broker.jobs.places([job.id]))[0]) is not None]
+    assert told[:32] == list(range(32))
+    assert all(abs(place - ahead) < 60 for ahead, place in enumerate(told) if place is not None)
+    assert (told[-1], len(told)) == (299, 300)
+
+
+async def test_an_endless_wait_is_told_as_a_number(broker: Broker, worker: Puller) -> None:
+    """Scripts say numbers beyond 10^14 in another form, which would end the calls of all who wait."""
+    for _ in range(KNOWN_JOBS):
+        await broker.jobs.enqueue(make_job(cost_estimate=1))
+        await broker.attempts.settle(await worker.claim_one(), Outcome.DONE, run_ms=3_600_000)
+    await running(broker, worker, 1)
+    for _ in range(20):
+        told = await predicted(broker, cost_estimate=30_000_000)
+    assert told == MAX_WAIT_MS
+    with pytest.raises(WaitTooLong) as refused:
+        await predicted(broker, patience=1_000)
+    assert refused.value.retry_after_s == 3_600
 
 
 async def test_a_repeated_call_is_not_refused(broker: Broker, worker: Puller) -> None:

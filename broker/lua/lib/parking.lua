@@ -23,6 +23,14 @@ local function wake(key, now, preferred)
   return false
 end
 
+-- Whether a worker is parked at a queue key, and so has a free slot.
+local function is_parked_at(key, now)
+  for _, id in ipairs(call('ZRANGEBYSCORE', P .. 'parked:' .. key, int(now), '+inf', 'LIMIT', 0, 16)) do
+    if not call('HGET', P .. 'claimed:' .. id, 'full') then return true end
+  end
+  return false
+end
+
 -- ``parked``: the queue keys at which a worker is parked, as its ``claimed`` hash says them.
 local function unpark(session_id, parked)
   if not parked then return end

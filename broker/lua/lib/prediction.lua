@@ -5,7 +5,7 @@
 
 local KINDS = { ':waiting', ':cost', ':leased', ':ran', ':ran_ms', ':ran_cost' }
 local LANES = { 'interactive', 'background', 'batch' }
-local KNOWN_JOBS, LANE_CYCLE = 8, 16
+local KNOWN_JOBS, LANE_CYCLE, MAX_WAIT_MS = 8, 16, 1e10
 local own_jobs = {} -- by waiting stream: how many wait there, as far as this call has asked
 
 -- Of a job that comes to its queue key now, or before which ``own`` of its stream wait: the ms until it starts, nil if too
@@ -40,5 +40,5 @@ local function predicted_wait(job, own)
   if sums[':ran'] < KNOWN_JOBS or sums[':ran_cost'] < 1 or sums[':leased'] < 1 then return nil, jobs + before end
   local pace, half = sums[':ran_ms'] / sums[':ran_cost'], sums[':ran_ms'] / sums[':ran'] / 2
   local wait = (ahead * pace * LANE_CYCLE / (LANE_CYCLE - below) + half) / sums[':leased']
-  return math.floor(wait), jobs + before
+  return math.floor(math.max(0, math.min(wait, MAX_WAIT_MS))), jobs + before
 end
