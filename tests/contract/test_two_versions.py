@@ -19,7 +19,8 @@ from typing import Any, Protocol
 import pytest
 
 from broker import Broker
-from broker.redis.scripts import load_scripts
+from broker.redis.scripts import RECORD, load_scripts
+from broker.redis.server_checks import CONTRACT
 from queue_schemas import (
     LANES,
     ControlKind,
@@ -106,12 +107,12 @@ class Previous:
 
     def __init__(self, client: Any) -> None:
         self._client = client
-        self._scripts: dict[str, str] = json.loads(lzma.decompress(GOLDEN.read_bytes()))
+        self.scripts: dict[str, str] = json.loads(lzma.decompress(GOLDEN.read_bytes()))
         self._claims: dict[SessionId, tuple[int, int]] = {}
 
     async def _run(self, name: str, *args: Any, key: str = KEYS.budget) -> Any:
         given = args if name == "act_as_manager" else (KEYS.prefix, *args)
-        return await self._client.eval(self._scripts[name], 1, key, *given)
+        return await self._client.eval(self.scripts[name], 1, key, *given)
 
     async def join(self, worker: SessionId) -> None:
         self._claims[worker] = (0, 0)
@@ -317,6 +318,14 @@ async def test_a_job_that_may_yield_is_run_by_either_version(fabric: Fabric) -> 
     assert (third.job.prefix, third.epoch, third.attempt) == ("Once", 3, 1)
     assert await old.settle(third) == "ok"
     await fabric.is_empty()
+
+
+def test_both_versions_read_each_others_records(fabric: Fabric) -> None:
+    """A record with other fields is no job to the other version, which drops it: that needs a contract of its own."""
+    previous = Previous(fabric.client)
+    pattern = f"'^{' '.join(['(%S*)'] * len(RECORD))}$'"
+    assert CONTRACT == "2"
+    assert all(pattern in text for text in previous.scripts.values() if "parse_record" in text)
 
 
 async def test_managers_of_two_versions_take_turns(fabric: Fabric) -> None:
