@@ -45,6 +45,7 @@ class WholeAnswer:
         "_pieces",
         "_raw",
         "_raw_size",
+        "_said_size",
         "_usage",
     )
 
@@ -53,6 +54,7 @@ class WholeAnswer:
         self._pieces: dict[str, list[str]] = {_TEXT: [prefix]} if prefix else {}
         self._raw: list[bytes] = []
         self._raw_size = 0
+        self._said_size = len(prefix)
         self._fields: dict[str, Any] = {}
         self._choice: dict[str, Any] = {}
         self._usage: Any = None
@@ -69,8 +71,8 @@ class WholeAnswer:
 
     @property
     def size(self) -> int:
-        """Bytes of its text, roughly, and of what was not read yet."""
-        return self._raw_size + sum(map(len, self._pieces.get(_TEXT, ())))
+        """Bytes of its text and reasoning, roughly, and of what was not read yet."""
+        return self._raw_size + self._said_size
 
     @property
     def failure(self) -> tuple[int, bytes] | None:
@@ -153,6 +155,7 @@ class WholeAnswer:
         for name, value in said.items():
             if name != "role" and type(value) is str and (value or name == _TEXT):
                 self._pieces.setdefault(name, []).append(value)
+                self._said_size += len(value)
             elif value:
                 self._choice.setdefault("delta", {})[name] = value
         for name, value in choice.items():

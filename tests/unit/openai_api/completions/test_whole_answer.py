@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from typing import Any
 
 import orjson
@@ -144,3 +145,23 @@ def test_a_request_is_asked_as_a_stream_with_usage() -> None:
     assert orjson.loads(streamed(orjson.dumps(request))) == {
         "model": "m", "max_tokens": 5, "stream": True, "stream_options": {"include_usage": True},
     }  # fmt: skip
+
+
+def test_reasoning_counts_for_the_size_of_an_answer() -> None:
+    """It is kept like text: an engine that thinks without an end must not fill its worker's memory."""
+    whole = WholeAnswer(CHAT, "before")
+    thought = encode_json({"choices": [{"index": 0, "delta": {"reasoning_content": "hm " * 100}}]})
+    for _ in range(1_000):
+        whole.add(thought)
+    assert whole.text is None
+    assert 300_000 <= whole.size < 300_000 + FOLD_BYTES
+
+
+def test_a_long_answer_costs_no_more_for_each_piece() -> None:
+    """Its size is asked for with each: 32,000 took 8 s where all pieces before were looked at again."""
+    whole, piece = WholeAnswer(CHAT), encode_json({"choices": [{"index": 0, "delta": {"content": "word "}}]})
+    began = time.process_time()
+    for _ in range(32_000):
+        whole.add(piece)
+        assert whole.size > 0
+    assert time.process_time() - began < 2.0
