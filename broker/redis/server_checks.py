@@ -13,8 +13,8 @@ from .calls import Caller, pairs
 from .failures import FAILURES, UNREACHABLE, as_inferq_error
 
 CONTRACT = "2"
-"""Version of the keys and scripts; a fabric of another one must not share the data. Raise it whenever the scripts before
-cannot read what these write, or the reverse: a record with more fields is no job to them, and is dropped."""
+"""Version of the keys and scripts; a fabric of another one must not share the data. Raise it whenever the scripts
+before cannot read what these write, or the reverse: a record with more fields is no job to them, and is dropped."""
 
 
 @dataclass(frozen=True, slots=True)
