@@ -89,6 +89,8 @@ class Checkpoint(BaseModel):
     compared_slices: int = 0
     unknown_since: float = 0
     """When a step first found the model unknown; 0: it is known, or was not checked yet."""
+    late_since: float = 0
+    """When a step first found that the batch cannot end in time; 0: none did."""
     read_all: bool = False
     open: dict[int, OpenLine] = {}
     out_of_order: set[int] = set()

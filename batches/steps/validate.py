@@ -32,6 +32,8 @@ from .run_folder import RunFolder
 
 ALLOW_LATE = "inferq_allow_late"
 """The key of a batch's metadata with which it runs though it cannot end in time."""
+LATE_FOR_S = 60.0
+"""For so long, or a tenth of its window, a batch must be found too late before it fails."""
 _SLICE_RECORDS = 25_000
 _LINES_BETWEEN_CHECKS = 64
 
@@ -55,8 +57,7 @@ async def validate(
     elif checkpoint.errors:
         _end(checkpoint, BatchStatus.FAILED)
     elif context.settings.refuse_late and (late := await _late(context, batch, checkpoint)):
-        checkpoint.add_error(_error("window_infeasible", late, "completion_window"))
-        _end(checkpoint, BatchStatus.FAILED)
+        return _refuse(context, batch, checkpoint, late)
     else:
         _begin(context, checkpoint)
     return 0
@@ -202,6 +203,19 @@ async def _late(context: BatchContext, batch: Batch, checkpoint: Checkpoint) -> 
         f"nothing else, and the completion window leaves {time_left_s / 60:,.0f}: send fewer lines, or run as many as "
         f'there is time for with metadata {{"{ALLOW_LATE}": "true"}}'
     )
+
+
+def _refuse(context: BatchContext, batch: Batch, checkpoint: Checkpoint, why: str) -> float:
+    """Fail a batch that cannot end in time, if that is found for as long as it may last that workers start anew or have
+    few slots; the seconds to wait before another look."""
+    now = context.now_s()
+    since = checkpoint.late_since = checkpoint.late_since or now
+    left = since + min(LATE_FOR_S, (batch.request.expires_at - since) / 10) - now
+    if left > 0:
+        return min(left, 5.0)
+    checkpoint.add_error(_error("window_infeasible", why, "completion_window"))
+    _end(checkpoint, BatchStatus.FAILED)
+    return 0
 
 
 def _compare(context: BatchContext, folder: RunFolder, checkpoint: Checkpoint, until_s: float) -> None:

@@ -33,18 +33,23 @@ async def scene(tmp_path: Path) -> AsyncIterator[Scene]:
         yield scene
 
 
-async def serve_some(scene: Scene, jobs: int = 20) -> None:
+async def serve_some(scene: Scene, jobs: int = 20, slots: int = SLOTS) -> None:
     """A worker has run jobs that cost what a line costs, and runs another now."""
     for number in range(jobs + 1):
         await scene.broker.jobs.enqueue(make_job(model="sim", cost_estimate=COST))
         (lease,) = await scene.worker.claim(1, models=["sim"])
         if number < jobs:
             await scene.broker.attempts.settle(lease, Outcome.DONE, answer_frame(lease), run_ms=LINE_S * 1000)
+    await show_worker(scene, slots)
+
+
+async def show_worker(scene: Scene, slots: int) -> None:
+    """The registry tells of a worker with so many slots."""
     info = WorkerInfo(
         worker_id="w1",
         session_id=scene.worker.session_id,
         models=["sim"],
-        slots=SLOTS,
+        slots=slots,
         engine=EngineState.READY,
         assignment=Assignment(term=1, version=1),
     )
@@ -57,6 +62,7 @@ async def begun(scene: Scene, window_s: float, **fields: Any) -> Batch:
     batch_id = scene.submit(lines, window_s=int(window_s), **fields)
     for _ in range(20):
         batch = await scene.step(batch_id)
+        scene.now += 1
         if batch.ended or batch.progress.status is BatchStatus.IN_PROGRESS:
             return batch
     raise AssertionError("it did not begin")
@@ -72,6 +78,19 @@ async def test_a_batch_that_cannot_end_in_time_fails_at_its_start(scene: Scene) 
     assert "inferq_allow_late" in error.message
     (depths,) = (await scene.broker.stats.depths()).values()
     assert sum(depth.waiting for depth in depths.values()) == 0
+
+
+async def test_a_fleet_that_is_small_for_a_moment_fails_no_batch(scene: Scene) -> None:
+    """Workers that start anew come back, and slots follow the load of their engines: it is looked at again for a
+    while."""
+    await serve_some(scene, slots=1)
+    batch_id = scene.submit((line(number) for number in range(LINES)), window_s=200)
+    for _ in range(10):
+        batch = await scene.step(batch_id)
+        scene.now += 1
+    assert batch.progress.status is BatchStatus.VALIDATING
+    await show_worker(scene, SLOTS)
+    assert (await scene.step(batch_id)).progress.status is BatchStatus.IN_PROGRESS
 
 
 async def test_a_batch_that_may_just_end_in_time_runs(scene: Scene) -> None:
