@@ -132,7 +132,9 @@ def _slots_wanted(lane: Lane, load: LaneLoad, pool: PoolLoad, rules: ScalingRule
     wait_ms = rules.target_wait_ms if interactive else rules.background_wait_ms
     run_ms = load.run_ms
     if load.deadline_ms is not None and load.waiting:
-        wait_ms = min(wait_ms, max(0.0, load.deadline_ms - (run_ms or 0.0)))
+        slack_ms = load.deadline_ms - (run_ms or 0.0)
+        if slack_ms >= start_up_ms:  # or no worker can come in time
+            wait_ms = min(wait_ms, slack_ms)
     if not run_ms:
         return float(outstanding if interactive or load.oldest_age_ms > wait_ms else min(outstanding, 1))
     busy = float(load.leased)

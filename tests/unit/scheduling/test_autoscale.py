@@ -134,6 +134,17 @@ def test_run_times_follow_from_the_cost_of_what_waits() -> None:
         assert blind.lanes[Lane.BATCH].run_ms is None
 
 
+def test_a_deadline_that_no_worker_can_meet_starts_none() -> None:
+    """Else whoever sends one background job with a deadline of a second has the whole fleet started, for nothing."""
+    rules, backlog = ScalingRules(max=1_000, worker_slots=1), LaneLoad(610, run_ms=10_000)
+    usual = replicas_wanted(PoolLoad({Lane.BATCH: backlog}), rules, start_up_ms=60_000).replicas
+    for deadline_ms in (0, 1_000, 60_000, 69_999):
+        load = PoolLoad({Lane.BATCH: replace(backlog, deadline_ms=deadline_ms)})
+        assert replicas_wanted(load, rules, start_up_ms=60_000).replicas == usual
+    load = PoolLoad({Lane.BATCH: replace(backlog, deadline_ms=70_000)})
+    assert (replicas_wanted(load, rules, start_up_ms=60_000).replicas or 0) > 5 * (usual or 0)
+
+
 def test_a_near_deadline_makes_a_batch_urgent() -> None:
     """What is left until it, less the job's own time, is the wait that is allowed."""
     far, near = LaneLoad(610, run_ms=10_000, deadline_ms=86_400_000), LaneLoad(610, run_ms=10_000, deadline_ms=30_000)
