@@ -103,7 +103,7 @@ class WorkerMetrics:
         """Count how long a job has waited, and how wrong its prediction was."""
         job = lease.job
         self.wait(job.model, job.lane.value).observe(lease.waited_ms / 1000)
-        if lease.predicted_ms is not None and lease.attempt == 1:
+        if lease.predicted_ms is not None and lease.epoch == 1:  # later it has run in between
             error = is_off_by(lease.predicted_ms, lease.waited_ms)
             self._prediction_error(job.model, job.lane.value).observe(error)
 
