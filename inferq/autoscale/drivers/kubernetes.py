@@ -73,9 +73,7 @@ class KubernetesDriver:
         if not leaving:
             return
         if not self._ordered:
-            mark = {"metadata": {"annotations": {DELETION_COST: _GOES_FIRST}}}
-            for pod in leaving:
-                await self._call("PATCH", f"{self._pods}/{quote(pod)}", mark)
+            await self._mark(leaving, living, is_settled=_replicas(scale) >= len(living))
         count = len(living) - len(leaving)
         if count < _replicas(scale):  # otherwise pods that are to go are merely not gone yet
             await self._set_replicas(count, scale)
@@ -90,15 +88,25 @@ class KubernetesDriver:
         if session is not None:
             await session.close()
 
-    async def _living(self, scale: Mapping[str, Any]) -> set[str]:
-        """The names of the pods that are neither being deleted nor over."""
+    async def _mark(self, leaving: Sequence[str], living: Mapping[str, bool], *, is_settled: bool) -> None:
+        """Have these pods go before others. Once it ``is_settled`` who goes and stays, older marks are those of pods that
+        stayed, because somebody else scaled meanwhile: they run jobs since, and would go first."""
+        stale = [pod for pod, marked in living.items() if is_settled and marked and pod not in leaving]
+        for cost, pods in ((None, stale), (_GOES_FIRST, leaving)):
+            for pod in pods:
+                patch = {"metadata": {"annotations": {DELETION_COST: cost}}}
+                await self._call("PATCH", f"{self._pods}/{quote(pod)}", patch)
+
+    async def _living(self, scale: Mapping[str, Any]) -> dict[str, bool]:
+        """The names of the pods that are neither being deleted nor over, and whether they are marked to go first."""
         selector = scale.get("status", {}).get("selector", "")
         if not isinstance(selector, str) or not selector:
             raise DriverFailed(f"{self._name} selects no pods: is it a Deployment or StatefulSet?")
         found = await self._call("GET", f"{self._pods}?{urlencode({'labelSelector': selector})}")
         try:
             return {
-                str(pod["metadata"]["name"])
+                str(pod["metadata"]["name"]): (pod["metadata"].get("annotations") or {}).get(DELETION_COST)
+                == _GOES_FIRST
                 for pod in found["items"]
                 if not pod["metadata"].get("deletionTimestamp")
                 and pod.get("status", {}).get("phase") not in ("Succeeded", "Failed")

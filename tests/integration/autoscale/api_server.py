@@ -118,7 +118,8 @@ class ApiServer:
         pod = self.pods.get(request.match_info["name"])
         if pod is None:
             return _status(404, "pods not found")
-        pod["metadata"]["annotations"] |= (await request.json())["metadata"]["annotations"]
+        patched = pod["metadata"]["annotations"] | (await request.json())["metadata"]["annotations"]
+        pod["metadata"]["annotations"] = {name: value for name, value in patched.items() if value is not None}
         return web.json_response(pod)
 
 

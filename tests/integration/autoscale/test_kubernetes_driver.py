@@ -101,6 +101,19 @@ async def test_a_slow_controller_makes_no_more_pods_go(server: ApiServer, driver
         assert (server.replicas, len(await driver.workers())) == (1, 3)
 
 
+async def test_a_pod_that_stayed_goes_first_no_more(account: Path) -> None:
+    """It was marked, and somebody else scaled before the replicas were lowered: another one that is chosen later goes
+    instead of it."""
+    async with ApiServer("deployment") as server:
+        driver = KubernetesDriver(settings(server, account))
+        await driver.scale_to(3)
+        server.pods[f"{NAME}-0"]["metadata"]["annotations"][DELETION_COST] = "-1000"
+        await driver.remove([f"{NAME}-2"])
+        assert await driver.workers() == {f"{NAME}-0", f"{NAME}-1"}
+        assert DELETION_COST not in server.pods[f"{NAME}-0"]["metadata"]["annotations"]
+        await driver.close()
+
+
 async def test_pods_that_are_over_are_no_workers(server: ApiServer, driver: KubernetesDriver) -> None:
     """An evicted pod stays listed for a while."""
     await driver.scale_to(2)
