@@ -89,7 +89,7 @@ class KubernetesDriver:
             await session.close()
 
     async def _mark(self, leaving: Sequence[str], living: Mapping[str, bool], *, is_settled: bool) -> None:
-        """Have these pods go before others. Once it ``is_settled`` who goes and stays, older marks are those of pods that
+        """Have these pods go before others. Once it ``is_settled`` who goes, older marks are those of pods that
         stayed, because somebody else scaled meanwhile: they run jobs since, and would go first."""
         stale = [pod for pod, marked in living.items() if is_settled and marked and pod not in leaving]
         for cost, pods in ((None, stale), (_GOES_FIRST, leaving)):
