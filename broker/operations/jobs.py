@@ -114,21 +114,24 @@ class Jobs:
         return None if state == b"unknown" else JobStatus(State(state.decode()), int(epoch), attempt_id.decode())
 
     async def cancel(
-        self, job_id: JobId, reason: str, *, if_orphaned: bool = False, if_queued: bool = False
+        self, job_id: JobId, reason: str, *, if_orphaned: bool = False, if_queued: bool = False, used: int = 0
     ) -> State | None:
         """Cancel a job. Returns the state it was in, None if it is unknown (a later enqueue of it is void then).
-        ``if_orphaned`` leaves persisted and unknown jobs alone; ``if_queued`` all that do not wait on the queue."""
+        ``if_orphaned`` leaves persisted and unknown jobs alone; ``if_queued`` all that do not wait on the queue.
+        ``used``: what of its answer was delivered has cost (:mod:`scheduling.cost`); its tenant is charged no less."""
         keys = keys_of_job(self._keys, job_id)
         condition = 2 if if_queued else int(if_orphaned)
         return state_or_none(
-            await self._caller.script("cancel", keys.budget, keys.prefix, job_id, reason, condition, 0)
+            await self._caller.script("cancel", keys.budget, keys.prefix, job_id, reason, condition, 0, used)
         )
 
     async def cancel_abandoned(self, job_id: JobId, reason: str, after_ms: int) -> State | None:
         """Cancel a persisted job if no Router has listened to it for ``after_ms``. Returns the state it was in, None if
         it is unknown."""
         keys = keys_of_job(self._keys, job_id)
-        return state_or_none(await self._caller.script("cancel", keys.budget, keys.prefix, job_id, reason, 0, after_ms))
+        return state_or_none(
+            await self._caller.script("cancel", keys.budget, keys.prefix, job_id, reason, 0, after_ms, 0)
+        )
 
     def _batches_for(self, job: Job) -> ShardBatches:
         """The batches that enqueue ``job``. Raises ``BrokerUnavailable`` where its answer could not be received."""

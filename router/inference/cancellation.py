@@ -34,6 +34,7 @@ class _CancelCommand:
     if_orphaned: bool = False
     listener: SessionId | None = None
     abandoned_ms: int = 0
+    used: int = 0
 
 
 class Canceller:
@@ -48,9 +49,9 @@ class Canceller:
         self._followers = followers
         self._backlog: asyncio.Queue[_CancelCommand] = asyncio.Queue(MAX_BACKLOG)
 
-    def cancel(self, job_id: JobId, reason: str) -> None:
-        """Cancel ``job_id`` soon."""
-        self._put(_CancelCommand(job_id, reason))
+    def cancel(self, job_id: JobId, reason: str, used: int = 0) -> None:
+        """Cancel ``job_id`` soon. ``used``: what was delivered of its answer has cost."""
+        self._put(_CancelCommand(job_id, reason, used=used))
 
     def detach(self, job_id: JobId, listener: SessionId) -> None:
         """Remove ``listener`` from the persisted job ``job_id`` soon, unless a request here waits for it then."""
@@ -94,7 +95,7 @@ class Canceller:
                 if job_id not in self._followers:
                     await queue.jobs.cancel_abandoned(job_id, command.reason, command.abandoned_ms)
             elif command.listener is None:
-                await queue.jobs.cancel(job_id, command.reason, if_orphaned=command.if_orphaned)
+                await queue.jobs.cancel(job_id, command.reason, if_orphaned=command.if_orphaned, used=command.used)
             elif job_id not in self._followers:
                 try:
                     await queue.output.detach(job_id, command.listener)

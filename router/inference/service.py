@@ -14,6 +14,7 @@ from starlette.types import Send
 from openai_api.paths import RESPONSES_PATH
 from queue_schemas import Enqueued, Job, OnLoss, PersistOptions, StreamBroken, Tenant, new_job_id
 from queue_schemas.records import record
+from scheduling.cost import OUTPUT_WEIGHT
 from scheduling.prediction import patience_ms
 from scheduling.service_tiers import used_tier
 from telemetry import get_logger
@@ -247,7 +248,8 @@ class InferenceService:
             return
         why = f"client_{request.disconnect_reason}" if request.disconnected else "abandoned"
         log.info("job_cancelled", job_id=job.id, request_id=request_id, why=why)
-        self._canceller.cancel(job.id, "its client went away" if request.disconnected else "its Router abandoned it")
+        reason = "its client went away" if request.disconnected else "its Router abandoned it"
+        self._canceller.cancel(job.id, reason, OUTPUT_WEIGHT * merger.events)
         self._metrics.cancelled(why)
 
     async def _accept(self, prepared: PreparedRequest, request: OpenRequest, writer: ResponseWriter) -> bool:

@@ -15,7 +15,7 @@ import pytest
 from broker import Broker
 from broker.redis.scripts import load_scripts
 from queue_schemas import Fenced, Job, Lane, Lease, MarkerKind, Outcome, Settled, State, WaitTooLong, new_session_id
-from queue_schemas.keys import ShardKeys
+from queue_schemas.keys import ShardKeys, queue_key
 from tests.support.queue import MODEL, Puller, answer_frame, make_job
 
 from .conftest import Listener
@@ -476,6 +476,18 @@ async def a_free_slot_refuses_nobody(scene: Scene) -> None:
     assert not await _is_refused(scene, 0, body=b"x" * 300_000)
 
 
+async def who_leaves_is_charged_for_what_was_said(scene: Scene) -> None:
+    """Else a client that closes each stream just before its end has its tenant served first for ever."""
+    for tenant in ("greedy", "acme") * 2:
+        await scene.broker.jobs.enqueue(make_job(tenant=tenant, cost_estimate=100))
+    greedy = next(lease for lease in await scene.worker.claim(2) if lease.job.tenant == "greedy")
+    await scene.broker.jobs.cancel(greedy.job.id, "its client went away", used=8_000)
+    standing = dict(
+        await scene.client.zrange(f"{KEYS.prefix}active:{queue_key(MODEL, Lane.INTERACTIVE)}:2", 0, -1, withscores=True)
+    )
+    assert standing == {b"greedy": 8_000.0, b"acme": 100.0}
+
+
 async def a_parked_worker_refuses_nobody(scene: Scene) -> None:
     """One that offers nothing has a free slot, and will be woken."""
     await scene.worker.claim(1)
@@ -490,6 +502,7 @@ async def a_full_worker_frees_nothing(scene: Scene) -> None:
 
 
 GUARDS: list[tuple[Scenario, Rewrite]] = [
+    (who_leaves_is_charged_for_what_was_said, Rewrite("cancel", "correct(job, used) end", "end")),
     (a_parked_worker_refuses_nobody, Rewrite("enqueue", "(most_free(at) or is_parked_at(at, now))", "most_free(at)")),
     (a_full_worker_frees_nothing, Rewrite("parking", "if not call('HGET', P .. 'claimed:' .. id, 'full') then", "do")),
     (who_would_wait_too_long_is_refused, Rewrite("enqueue", " > tonumber(patience)", " > 1e12")),

@@ -75,6 +75,7 @@ class AttemptMerger:
         "continued",
         "ended",
         "error",
+        "events",
         "gap",
         "head",
         "lost_epoch",
@@ -100,7 +101,8 @@ class AttemptMerger:
         self.error: InferqError | None = None
         self.settled = False
         self.gap = False
-        self.pending_bytes = 0
+        self.pending_bytes = self.events = 0
+        """``events``: of a stream, as far as it was released."""
         self.stream = self._stream_requested = stream
         self.lost_epoch = 0
         self.continued = self.compared = 0
@@ -396,4 +398,5 @@ class AttemptMerger:
         self._pending.append(data)
         self.pending_bytes += len(data)
         self._delivered = True
+        self.events += data.count(b"\n\n")
         self._transcript.add(data)

@@ -74,6 +74,8 @@ class FakeQueue:
         self.scaled: frozenset[Pool] = frozenset()
         self.enqueued: asyncio.Queue[Job] = asyncio.Queue()
         self.cancelled: asyncio.Queue[tuple[JobId, str]] = asyncio.Queue()
+        self.used: dict[JobId, int] = {}
+        """What cancelled jobs had cost."""
         self.resumed: asyncio.Queue[tuple[Job, int]] = asyncio.Queue()
         self.resume_state: State | None = State.QUEUED
         self.resume_refusal: InferqError | None = None
@@ -191,7 +193,8 @@ class FakeQueue:
     async def raise_epoch(self, job_id: JobId, heard: int) -> JobStatus | None:
         return self.job_status or JobStatus(self.state, heard + 1, "")
 
-    async def cancel(self, job_id: JobId, reason: str, *, if_orphaned: bool = False) -> State | None:
+    async def cancel(self, job_id: JobId, reason: str, *, if_orphaned: bool = False, used: int = 0) -> State | None:
+        self.used[job_id] = used
         self.cancelled.put_nowait((job_id, reason))
         return State.LEASED
 

@@ -10,6 +10,7 @@ import pytest
 
 from broker import JobStatus
 from queue_schemas import BrokerFull, JobId, MarkerKind, OverCapacity, State
+from scheduling.cost import OUTPUT_WEIGHT
 from tests.support.waiting import eventually
 from tests.unit.router.fakes import Client, FakeQueue, PersistedStream, router, worker
 
@@ -276,6 +277,7 @@ async def test_a_client_that_leaves_cancels_its_job() -> None:
             client.gone.set()
             await answer.done()
             assert await queue.cancellation() == (job.id, "its client went away")
+            assert queue.used[job.id] == OUTPUT_WEIGHT * len(pieces)
         assert queue.cancelled.empty()
         assert len(app.services.requests) == 0
 
@@ -554,9 +556,9 @@ async def test_a_drain_finishes_open_requests_and_refuses_new_ones() -> None:
 class SlowCancels(FakeQueue):
     """A queue that takes a moment to answer a cancel, as one over a network does."""
 
-    async def cancel(self, job_id: JobId, reason: str, *, if_orphaned: bool = False) -> State | None:
+    async def cancel(self, job_id: JobId, reason: str, *, if_orphaned: bool = False, used: int = 0) -> State | None:
         await asyncio.sleep(0.05)
-        return await super().cancel(job_id, reason, if_orphaned=if_orphaned)
+        return await super().cancel(job_id, reason, if_orphaned=if_orphaned, used=used)
 
 
 async def test_the_job_of_a_client_that_is_cut_off_after_the_drain_is_cancelled(
