@@ -48,7 +48,7 @@ class AttemptMerger:
     the bytes that may follow. It closes with ``ended`` (all of it was released) or ``error``. ``settled``: the queue
     has nothing left of the job. ``gap``: the job must run again under another id (:meth:`restart`), or if it is
     persisted its output must be read from :attr:`position` on (:meth:`reread`). ``lost_epoch`` is not 0 while the queue
-    waits to be told where the stream continues: send it :meth:`continuation_prefix`.
+    waits to be told where the stream continues: send it :meth:`continuation_prefix`. ``events`` were released so far.
     """
 
     __slots__ = (
@@ -99,10 +99,8 @@ class AttemptMerger:
         self.head: ResponseHead | None = None
         self.ended = False
         self.error: InferqError | None = None
-        self.settled = False
-        self.gap = False
+        self.settled = self.gap = False
         self.pending_bytes = self.events = 0
-        """``events``: of a stream, as far as it was released."""
         self.stream = self._stream_requested = stream
         self.lost_epoch = 0
         self.continued = self.compared = 0
