@@ -287,7 +287,8 @@ class LaneDepth(_Message):
         default=None, description="for how long a slot was taken for each unit, of late; null while unknown"
     )
     predicted_wait_ms: int | None = Field(
-        default=None, description="until a job starts that comes now, behind all that waits here; null while unknown"
+        default=None,
+        description="until a job starts that comes now and finds no free slot, behind all that waits; null: unknown",
     )
 
 
