@@ -20,8 +20,8 @@ from .metrics import WorkerMetrics
 RECHECK_S = 0.01
 """A claim under way may bring the very job that waits: so long it is waited for."""
 
-_FOR_NOW = ("slot_free", "slot_due", "share")
-"""Reasons that are not the attempt's own."""
+_FOR_NOW = ("slot_free", "slot_due", "share", "starting")
+"""Reasons that are not the attempt's own, or that pass."""
 
 log = get_logger(__name__)
 
@@ -79,7 +79,7 @@ def _why_not(attempt: Attempt) -> str:
     if attempt.ending or attempt.stop_reason is not None:
         return "ended"
     if not attempt.may_yield:
-        return "not_continuable"
+        return "starting" if attempt.may_yield is None else "not_continuable"
     if attempt.whole is None:
         return ""
     text = attempt.whole.text

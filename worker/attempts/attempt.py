@@ -116,8 +116,8 @@ class Attempt:
         self.stall = StreamStall()
         self.has_slot = True
         """Whether its end frees a slot."""
-        self.may_yield = False
-        """Whether it can be stopped, and its job go on behind what it said."""
+        self.may_yield: bool | None = None
+        """Whether it can be stopped, and its job go on behind what it said; None: that is being found out."""
         self.whole: WholeAnswer | None = None
         """What it said so far, if its answer is composed of a stream."""
         self.may_buffer: bool | None = None

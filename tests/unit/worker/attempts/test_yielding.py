@@ -281,6 +281,27 @@ async def test_a_long_text_does_not_travel() -> None:
         gate.set()
 
 
+async def test_one_that_is_only_starting_is_asked_again() -> None:
+    """Those that began last are asked first: while their engine is asked whether it continues, they decline for now."""
+    scene = Scene(Answer(200, SSE, [said("Once", "stop"), end(1)]))
+    known, probed = scene.bench.engine.call, asyncio.Event()
+
+    @asynccontextmanager
+    async def slow(call: EngineCall) -> AsyncIterator[EngineAnswer]:
+        await probed.wait()
+        async with known(call) as answer:
+            yield answer
+
+    scene.bench.engine.call = slow  # type: ignore[method-assign]
+    job_lease = line()
+    async with scene.bench.running(job_lease):
+        await asyncio.sleep(0)
+        await scene.preemption.ask(job_lease.attempt_id)
+        probed.set()
+    assert scene.bench.broker.declined == [True]
+    assert scene.refused("starting") == 1
+
+
 async def test_nothing_yields_for_a_job_that_has_a_slot() -> None:
     """A claim that was under way when the queue asked has brought the interactive job."""
     scene = Scene(Answer(200, SSE, [gate := asyncio.Event(), said("Once", "stop"), end(1)]), plain(200), busy=0)
