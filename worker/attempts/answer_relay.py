@@ -74,7 +74,7 @@ class AnswerRelay:
             return Settle(Outcome.FAILED, await sender.close() + cutter.fail(self._too_large()))
         finally:
             attempt.stall.reading = False
-        used = self._count_usage(attempt.lease.job, verdict, relayed.end, relayed.events)
+        used = self._count_usage(attempt.lease.job, verdict, relayed.end, attempt.events)
         rest = cutter.feed(continuation.end()) if continuation is not None else b""
         last = cutter.finish(delimited=answer.delimited) if verdict is Outcome.DONE else cutter.end()
         if last is None:
@@ -180,9 +180,9 @@ class _Held(Exception):
 
 
 class _RelayedStream:
-    """One stream on its way from the engine to ``sender``. ``events``: how many came."""
+    """One stream on its way from the engine to ``sender``."""
 
-    __slots__ = ("_before", "_cutter", "_last", "_relay", "_size", "_stall", "continuation", "events", "sender")
+    __slots__ = ("_attempt", "_before", "_cutter", "_last", "_relay", "_size", "_stall", "continuation", "sender")
 
     def __init__(
         self, relay: AnswerRelay, attempt: Attempt, sender: FrameSender, continuation: Continuation | None
@@ -190,7 +190,7 @@ class _RelayedStream:
         self.sender = sender
         self.continuation = continuation
         self._before = self._last = b""
-        self.events = 0
+        self._attempt = attempt
         self._relay = relay
         self._cutter = attempt.cutter
         self._stall = attempt.stall
@@ -208,7 +208,7 @@ class _RelayedStream:
         self._stall.pieces += 1
         self._size += len(data)
         self._before, self._last = self._last, data
-        self.events += data.count(b"\n\n")
+        self._attempt.events += data.count(b"\n\n")
         if self._size > relay.max_answer_bytes:
             raise _TooLarge
         if self.continuation is not None:

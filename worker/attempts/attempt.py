@@ -90,6 +90,7 @@ class Attempt:
         "cutter",
         "deadline",
         "ending",
+        "events",
         "has_slot",
         "lease",
         "may_buffer",
@@ -113,6 +114,8 @@ class Attempt:
         self.stop_reason: StopReason | None = None
         self.ending = False
         """Whether the queue is being told how it ended: from then on the queue's answer decides."""
+        self.events = 0
+        """Of its stream, so far."""
         self.stall = StreamStall()
         self.has_slot = True
         """Whether its end frees a slot."""

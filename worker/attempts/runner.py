@@ -11,6 +11,7 @@ from broker import Broker
 from openai_api.completions.whole_answer import WholeAnswer, streamed
 from openai_api.sse import EVENT_STREAM
 from queue_schemas import BadRequest, DeadlineExceeded, EngineFailed, InferqError, Job, Outcome, Pool
+from scheduling.cost import OUTPUT_WEIGHT
 from telemetry import get_logger, inject
 
 from ..core import Continuation, Retry, RetryLater, judge_answer, judge_failure, judge_server_error
@@ -220,7 +221,9 @@ class AttemptRunner:
                 # The queue expires late jobs as well, but only each second.
                 error = _deadline_passed("while it ran", attempt.lease.job.deadline_from)
                 unsent = await attempt.sender.close() if attempt.sender is not None else b""
-                return Settle(Outcome.EXPIRED, unsent + attempt.cutter.fail(error))
+                cost = OUTPUT_WEIGHT * attempt.events  # at least
+                used = cost if cost > attempt.lease.job.cost_estimate else None
+                return Settle(Outcome.EXPIRED, unsent + attempt.cutter.fail(error), used)
             case StopReason.YIELDS:
                 return await self._yield(attempt)
             case StopReason.STREAM_STALLED:
