@@ -17,7 +17,7 @@ class AutoscaleMetrics:
         self._workers = self.registry.gauge(
             "inferq_autoscaler_workers",
             "Workers of the pool: its own that take work (ready), do not yet (starting) or no more (leaving), have not "
-            "joined in time (missing), and those of others (foreign)",
+            "joined in time (missing), serve another model now (lent), and those of others (foreign)",
             ("state",),
         )
         self.start_up = self.registry.gauge(

@@ -16,12 +16,13 @@ _STARTS_REMEMBERED = 5
 @dataclass(frozen=True, slots=True)
 class Roll:
     """The workers of a pool at one moment, by id. ``ready`` ones take work, ``starting`` ones do not yet, ``missing``
-    ones have not for too long, ``leaving`` ones drain, the ``stuck`` of them for too long. ``foreign`` ones take work
-    and are not the driver's."""
+    ones have not for too long, ``lent`` ones were told to load another model and serve that, ``leaving`` ones drain,
+    the ``stuck`` of them for too long. ``foreign`` ones take work and are not the driver's."""
 
     ready: frozenset[str]
     starting: frozenset[str]
     missing: frozenset[str]
+    lent: frozenset[str]
     leaving: frozenset[str]
     foreign: frozenset[str]
     stuck: frozenset[str]
@@ -37,13 +38,13 @@ class Roll:
     @property
     def owned(self) -> frozenset[str]:
         """All that the driver runs."""
-        return self.ready | self.starting | self.missing | self.leaving
+        return self.ready | self.starting | self.missing | self.lent | self.leaving
 
     @property
     def counts(self) -> dict[str, int]:
         """How many are in each state."""
         groups = {"ready": self.ready, "starting": self.starting, "missing": self.missing}
-        groups |= {"leaving": self.leaving, "foreign": self.foreign}
+        groups |= {"lent": self.lent, "leaving": self.leaving, "foreign": self.foreign}
         return {state: len(ids) for state, ids in groups.items()}
 
 
@@ -91,10 +92,17 @@ class Roster:
         staying = owned - self._leaving.keys()
         self._time_starts(staying, serving, now_ms)
         ready = staying & serving
-        missing = {
-            worker_id for worker_id in staying - ready if now_ms - self._idle_since[worker_id] >= self.start_timeout_ms
+        lent = {
+            worker_id
+            for worker_id in (staying & registered.keys()) - ready
+            if registered[worker_id].loadable and registered[worker_id].takes_work
         }
-        starting = staying - ready - missing
+        missing = {
+            worker_id
+            for worker_id in staying - ready - lent
+            if now_ms - self._idle_since[worker_id] >= self.start_timeout_ms
+        }
+        starting = staying - ready - lent - missing
         candidates = (
             Candidate(worker_id, registered[worker_id].running if worker_id in registered else 0, worker_id in ready)
             for worker_id in sorted(ready | starting)
@@ -103,6 +111,7 @@ class Roster:
             ready=frozenset(ready),
             starting=frozenset(starting),
             missing=frozenset(missing),
+            lent=frozenset(lent),
             leaving=frozenset(self._leaving),
             foreign=frozenset(serving - owned),
             stuck=frozenset(one for one, since in self._leaving.items() if now_ms - since >= self.stop_timeout_ms),

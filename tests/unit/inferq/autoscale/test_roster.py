@@ -72,3 +72,16 @@ def test_only_starts_that_were_seen_are_timed() -> None:
         fabric.join(name)
     call(one, {"adopted", *"abcd"}, fabric, 62_000)
     assert one.start_up_ms == 60_000
+
+
+def test_one_that_was_told_to_load_another_model_is_not_ended_for_it() -> None:
+    """It runs the jobs of that one: it neither counts here nor is among those to go, until it comes back."""
+    fabric, one = FakeFabric(), roster()
+    fabric.join("w", running=4)
+    lent = {"models": ["n"], "loadable": ["m", "n"]}
+    at_home, fabric.registry["w"] = fabric.registry["w"], fabric.registry["w"].model_copy(update=lent)
+    for now_ms in (0, 500_000):
+        roll = call(one, {"w"}, fabric, now_ms)
+        assert (roll.lent, roll.size, roll.owned, roll.candidates) == ({"w"}, 0, {"w"}, ())
+    fabric.registry["w"] = at_home
+    assert call(one, {"w"}, fabric, 500_001).ready == {"w"}
