@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from openai_api.completions.continuable import may_yield
+from openai_api.completions.continuable import keeps_numbers, may_yield
 from openai_api.json_complexity import TOO_MUCH, has_too_much_structure
 from openai_api.request_limits import RequestLimits, check_request
 from queue_schemas import BadMessage, BadRequest
@@ -25,7 +25,6 @@ MAX_CUSTOM_ID = 512
 _BOM = b"\xef\xbb\xbf"
 _WIDE_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
-_LONG_NUMBER = re.compile(rb"[0-9]{19}")
 _DEEP = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[\[\]{}]')
 _TOP = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[\[\]{}:,]')
 """Tokens that show where a JSON value ends: strings and brackets; at the top level of the line also ``:`` and ``,``."""
@@ -162,13 +161,13 @@ def request_in(data: bytes, tenant: str, model: str) -> LineRequest:
     line = orjson.loads(data)
     request, url = line["body"], line.get("url", "")
     body = _body_of(request, data)
-    yieldable = may_yield(url, request) and not _LONG_NUMBER.search(data)  # its request is written anew as a stream's
+    yieldable = may_yield(url, request) and keeps_numbers(data)  # its request is written anew as a stream's
     affinity = prefix_digests(tenant, model, request)
     return LineRequest(line["custom_id"], body, estimate_cost(url, body, request), affinity, yieldable)
 
 
 def _body_of(body: object, data: bytes) -> bytes:
-    if not _LONG_NUMBER.search(data):  # orjson would turn an integer of more than 64 bits into a float
+    if keeps_numbers(data):
         try:
             return orjson.dumps(body)
         except orjson.JSONEncodeError:

@@ -18,12 +18,14 @@ Stop strings may stay because an engine holds back what may be the beginning of 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..paths import CHAT_PATH, COMPLETIONS_PATH
 
 _Check = Callable[[Any], bool]
+_LONG_NUMBER = re.compile(rb"[0-9]{19}")
 
 
 def _any(_value: Any) -> bool:
@@ -98,6 +100,12 @@ def may_yield(path: str, request: Mapping[str, Any]) -> bool:
     """Whether the answer to ``request``, a parsed body that asks for no stream, can be composed of streams, one behind
     the other (:mod:`openai_api.completions.whole_answer`)."""
     return not request.get("stream") and request.get("stream_options") is None and may_continue(path, request)
+
+
+def keeps_numbers(body: bytes) -> bool:
+    """Whether a body means the same once it was parsed and written anew: orjson turns an integer of more than 64 bits
+    into a float."""
+    return not _LONG_NUMBER.search(body)
 
 
 def choices_of(request: Mapping[str, Any]) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import orjson
 
-from openai_api.completions.continuable import may_yield
+from openai_api.completions.continuable import keeps_numbers, may_yield
 from queue_schemas import BrokerUnavailable, Job, JobMetadata, OnLoss, Pool, Tenant, new_job_id
 from queue_schemas.persisted_output import request_digest
 from scheduling.affinity import adapter_digest
@@ -115,7 +115,8 @@ def _goes_on(path: str, body: bytes, content_type: str, fields: RequestFields, o
     """Whether the answer of a background request can go on behind what was said of it."""
     if fields.stream:
         return on_loss == "continue"
-    return content_type[:19].lower() != "multipart/form-data" and may_yield(path, orjson.loads(body))
+    is_form = content_type[:19].lower() == "multipart/form-data"
+    return not is_form and keeps_numbers(body) and may_yield(path, orjson.loads(body))
 
 
 def job_metadata_of(

@@ -12,7 +12,7 @@ from functools import partial
 from starlette.types import Send
 
 from openai_api.paths import RESPONSES_PATH
-from queue_schemas import Enqueued, Job, OnLoss, PersistOptions, StreamBroken, Tenant, new_job_id
+from queue_schemas import BadRequest, Enqueued, Job, OnLoss, PersistOptions, StreamBroken, Tenant, new_job_id
 from queue_schemas.records import record
 from scheduling.cost import OUTPUT_WEIGHT
 from scheduling.prediction import patience_ms
@@ -187,7 +187,7 @@ class InferenceService:
             deadline.client_grace_s,
             headers.get(_LAST_EVENT, b""),
             tier,
-            None if background else self._patience_ms(headers, deadline),
+            self._patience_ms(headers, deadline, background=background),
         )
 
     def resumable_writer(self, prepared: PreparedRequest, send: Send, request_id: bytes, path: str) -> ResponseWriter:
@@ -299,10 +299,15 @@ class InferenceService:
             persisted=job.persisted,
         )
 
-    def _patience_ms(self, headers: dict[bytes, bytes], deadline: Deadline) -> int | None:
+    def _patience_ms(self, headers: dict[bytes, bytes], deadline: Deadline, *, background: bool) -> int | None:
         if _DO_NOT_QUEUE in headers and read_flag(headers[_DO_NOT_QUEUE], DO_NOT_QUEUE_HEADER):
+            if background:
+                raise BadRequest(
+                    f"a background request waits in the queue: leave out {DO_NOT_QUEUE_HEADER}, or {BACKGROUND_HEADER}",
+                    param=DO_NOT_QUEUE_HEADER,
+                )
             return 0
-        if self._settings.admission == "off":
+        if background or self._settings.admission == "off":
             return None
         return patience_ms(deadline.limit_ms, self._settings.admission_margin)
 

@@ -327,6 +327,7 @@ async def test_a_follower_that_reads_nothing_is_cut_off() -> None:
 @pytest.mark.parametrize(
     ("more", "headers", "yields"),
     [
+        ({"stop_token_ids": [10**18]}, {}, 0),
         ({}, {}, 3),
         ({"stream": True}, {}, 3),
         ({"stream": True}, {"x-inferq-on-loss": "restart"}, 0),
@@ -344,3 +345,13 @@ async def test_background_requests_may_yield(more: dict[str, Any], headers: dict
         assert job.yields == 0
         queue.answer(job, b"{}")
         await answer.done()
+
+
+async def test_a_background_request_that_may_not_wait_is_refused() -> None:
+    """It would be queued without a word; the error says what to leave out."""
+    queue = FakeQueue("m")
+    async with router(queue) as app:
+        headers = {"x-inferq-background": "true", "x-inferq-do-not-queue": "true"}
+        answer = await Client(app).post({"model": "m", "messages": []}, headers=headers).done()
+    assert answer.status == 400
+    assert b"x-inferq-do-not-queue" in answer.body
