@@ -98,9 +98,10 @@ async def check_deployment(caller: Caller, shards: int) -> None:
             held = await caller.command(META, "HGET", META, name)
         found = held.decode()
         if found != value:
+            other = f"set {name} to {found}" if name == "shards" else "run the version of inferq that made it"
             raise BrokerUnsuitable(
-                f"the data in this Redis was made with {name}={found}, this process is set to {name}={value}; "
-                f"set {name} to {found}, or drain the fleet and use an empty Redis"
+                f"the data in this Redis was made with {name}={found}, this process has {name}={value}; "
+                f"{other}, or drain the fleet and use an empty Redis"
             )
 
 

@@ -12,6 +12,8 @@ from enum import StrEnum
 from types import TracebackType
 from typing import Self
 
+from broker.redis.server_checks import CONTRACT
+
 _CHUNK = 65_536
 _NARROW_CHUNK = 1_500
 
@@ -264,7 +266,7 @@ class ScriptedRedis:
             "PING": b"+PONG\r\n",
             "TIME": b"*2\r\n$10\r\n1700000000\r\n$1\r\n0\r\n",
             "CONFIG": b"*0\r\n",
-            "HGET": b"$1\r\n1\r\n",
+            "HGET": b"$1\r\n%s\r\n" % (CONTRACT.encode() if command[-1] == "contract" else b"1"),
             "HSETNX": b":1\r\n",
         }
         return answers.get(command[0].upper(), b"+OK\r\n")
