@@ -134,7 +134,11 @@ def health_routes(
     async def healthz() -> dict[str, str]:
         return {"status": "alive"}
 
-    @routes.get("/readyz", summary="Whether the role can do its work, and if not, why (503)")
+    @routes.get(
+        "/readyz",
+        summary="Whether the role can do its work, and if not, why",
+        responses={503: {"description": "It cannot, for these reasons", "content": {"application/json": {}}}},
+    )
     async def readyz() -> JSONResponse:
         why = [public_message(reason) for reason in reasons()]
         answer: dict[str, Any] = {"ready": not why, "reasons": why}

@@ -162,3 +162,14 @@ def test_a_503_always_says_when_to_come_back() -> None:
     status, headers, body = error_answer(ManagerUnavailable("standby"))
     assert (status, dict(headers)[b"retry-after"]) == (503, b"1")
     assert json.loads(body)["error"]["code"] == "manager_unavailable"
+
+
+@pytest.mark.parametrize(("reasons", "status"), [([], 200), (["the queue is away"], 503)])
+async def test_both_answers_of_readyz_are_documented(reasons: list[str], status: int) -> None:
+    """Whoever reads the OpenAPI document expects both."""
+    app, _ = _app(reasons)
+    transport = httpx.ASGITransport(app=app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://manager") as client:
+        answer = await client.get("/readyz")
+    assert answer.status_code == status
+    assert str(status) in app.openapi()["paths"]["/readyz"]["get"]["responses"]
