@@ -5,15 +5,17 @@
 # from another folder: proves that everything it needs is inside.
 set -eu
 python=$1
+packages="batches broker inferq manager openai_api queue_schemas router scheduling simulator storage telemetry webhooks worker"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT INT TERM
 
 # From a copy: what an earlier build has left here must not get into the wheel, nor this one stay.
 mkdir "$work/source"
-cp -r pyproject.toml README.md LICENSE batches broker inferq manager openai_api queue_schemas router storage telemetry webhooks worker "$work/source"
+# shellcheck disable=SC2086 - each package is a word
+cp -r pyproject.toml README.md LICENSE $packages "$work/source"
 "$python" -m build --wheel --no-isolation --outdir "$work/dist" "$work/source" >"$work/build.log" 2>&1 || { cat "$work/build.log"; exit 1; }
 "$python" -m venv --without-pip "$work/venv"
-"$python" - "$work" <<'PYTHON'
+"$python" - "$work" "$packages" <<'PYTHON'
 """Unpack the wheel as an installer would, and lend the new environment the dependencies, but not the checkout."""
 
 import importlib.metadata
@@ -29,7 +31,7 @@ with zipfile.ZipFile(wheel) as archive:
     names = archive.namelist()
     archive.extractall(site)
 packages = {name.split("/")[0] for name in names if name.endswith("/__init__.py") and name.count("/") == 1}
-expected = {"inferq", "router", "manager", "worker", "batches", "webhooks", "storage", "broker", "openai_api", "telemetry", "queue_schemas"}
+expected = set(sys.argv[2].split())
 missing = [f"{package}/py.typed" for package in expected if f"{package}/py.typed" not in names]
 for folder in ("broker/lua", "broker/lua/lib"):
     scripts = [name for name in names if name.rpartition("/")[0] == folder and name.endswith(".lua")]
@@ -49,9 +51,10 @@ PYTHON
 
 cd "$work"
 unset PYTHONPATH
-"$work/venv/bin/python" -c 'import batches, broker, inferq, manager, openai_api, pathlib, queue_schemas, router, storage, sys, telemetry, webhooks, worker
-for package in (batches, broker, inferq, manager, openai_api, queue_schemas, router, storage, telemetry, webhooks, worker):
-    assert pathlib.Path(package.__file__).is_relative_to(sys.prefix), package.__file__'
+# shellcheck disable=SC2086
+"$work/venv/bin/python" -c 'import importlib, pathlib, sys
+for package in map(importlib.import_module, sys.argv[1:]):
+    assert pathlib.Path(package.__file__).is_relative_to(sys.prefix), package.__file__' $packages
 "$work/venv/bin/python" -m inferq --version
 "$work/venv/bin/python" -m inferq config --json | "$work/venv/bin/python" -c 'import json, sys; assert json.load(sys.stdin)'
 for role in manager router worker batches webhooks; do
