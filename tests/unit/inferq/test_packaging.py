@@ -63,3 +63,13 @@ def test_every_package_is_typed() -> None:
         "worker",
     ):
         assert (ROOT / package / "py.typed").exists(), package
+
+
+def test_every_package_reaches_the_image_and_the_wheels_check() -> None:
+    """One that is missing there is found only where the image or the wheel runs."""
+    found = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]["include"]
+    packages = {pattern.rstrip("*") for pattern in found}
+    image = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert packages <= image
+    wheel = re.search(r'^packages="(.*)"$', (ROOT / "scripts/wheel_check.sh").read_text(), re.MULTILINE)
+    assert wheel is not None and set(wheel[1].split()) == packages
