@@ -155,8 +155,8 @@ async def measured(system: str, options: argparse.Namespace, lines: Sequence[Tra
             began = time.monotonic()
             ttft_s = await replay(lines, targets, options.speed, block_tokens)
             lasted_s = time.monotonic() - began
-            shares = (percentile(sorted(ttft_s), share) for share in (0.5, 0.9, 0.99))
-            return Found((statistics.mean(ttft_s), *shares), await hit_rate(urls), len(lines) / lasted_s)
+            p50, p90, p99 = (percentile(sorted(ttft_s), share) for share in (0.5, 0.9, 0.99))
+            return Found((statistics.mean(ttft_s), p50, p90, p99), await hit_rate(urls), len(lines) / lasted_s)
 
 
 def simulated(system: str, options: argparse.Namespace, lines: Sequence[TraceRequest], block_tokens: int) -> Found:

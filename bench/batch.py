@@ -26,9 +26,8 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from .batch_interference import with_batcher
 from .processes import new_folder
-from .systems import MODEL, fake_engine
+from .systems import MODEL, fake_engine, with_batcher
 
 ENGINES: dict[str, tuple[tuple[str, ...], int, int]] = {
     "instant": ((), 64, 20_000),
@@ -109,7 +108,7 @@ async def _all(options: argparse.Namespace, console: Console) -> None:
             async with fake_engine(new_folder(folder / "engine"), *engine_options) as (port, _):
                 url = f"http://127.0.0.1:{port}"
                 async with (
-                    with_batcher(new_folder(folder / "inferq"), url, clients) as system,
+                    with_batcher(new_folder(folder / "inferq"), url, slots=clients) as (system, _),
                     aiohttp.ClientSession(f"http://127.0.0.1:{system.port}") as session,
                 ):
                     for number in range(options.rounds):

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import random
 import statistics
 import sys
@@ -35,7 +34,7 @@ from telemetry.environment import free_port
 from tests.support.waiting import eventually
 
 from .processes import new_folder, running, until_answers
-from .systems import MODEL, whole_inferq
+from .systems import MODEL, with_batcher
 
 BATCH_LIMIT_S = 60.0
 _POLL_S = 0.1
@@ -76,22 +75,15 @@ async def fleet(folder: Path, name: str, options: argparse.Namespace, *, max_yie
     port, log = free_port(), new_folder(folder) / "engine.log"
     simulated = ("--port", str(port), "--model", MODEL, "--mode", "text", "--ttft-ms", str(options.ttft_ms))
     speed = ("--tokens-per-s", str(options.tokens_per_s), "--max-num-seqs", str(2 * options.slots))
-    os.environ["INFERQ_STORAGE_URL"] = str(folder / "store")
     async with running("worker.engines.simulated", (*simulated, *speed), log):
         await until_answers(f"http://127.0.0.1:{port}/health", log)
-        engine_url = f"http://127.0.0.1:{port}"
-        async with whole_inferq(folder, engine_url, slots=options.slots) as (system, queue_url):
-            batcher_port, batcher_log = free_port(), folder / "batcher.log"
-            arguments = ("--port", str(batcher_port), "--redis-url", queue_url, "--max-yields", str(max_yields))
-            async with (
-                running("batches.service", (*arguments, "--log-level", "warning"), batcher_log),
-                aiohttp.ClientSession(
-                    f"http://127.0.0.1:{system.port}", connector=aiohttp.TCPConnector(limit=0)
-                ) as own,
-                redis.Redis.from_url(queue_url) as queue,
-            ):
-                await until_answers(f"http://127.0.0.1:{batcher_port}/readyz", batcher_log)
-                yield Fleet(name, own, queue)
+        url, batcher = f"http://127.0.0.1:{port}", ("--max-yields", str(max_yields))
+        async with (
+            with_batcher(folder, url, slots=options.slots, batcher_options=batcher) as (system, queue_url),
+            aiohttp.ClientSession(f"http://127.0.0.1:{system.port}", connector=aiohttp.TCPConnector(limit=0)) as own,
+            redis.Redis.from_url(queue_url) as queue,
+        ):
+            yield Fleet(name, own, queue)
 
 
 class Batch:

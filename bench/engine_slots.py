@@ -26,9 +26,9 @@ from rich.table import Table
 from simulator.measures import percentile
 from telemetry.environment import free_port
 
-from .batch_interference import Batch, with_batcher
+from .batch_interference import Batch
 from .processes import new_folder, running, until_answers
-from .systems import MODEL
+from .systems import MODEL, with_batcher
 
 _SAMPLE_S = 0.2
 
@@ -70,12 +70,15 @@ async def _measured(folder: Path, slots: int, worker_options: Sequence[str], opt
     outcome = Outcome()
     engine_port, log = free_port(), folder / "engine.log"
     engine = ("--port", str(engine_port), "--model", MODEL, "--max-num-seqs", str(options.capacity))
-    engine += ("--tokens-per-s", str(options.tokens_per_s))
     engine_url = f"http://127.0.0.1:{engine_port}"
-    async with running("worker.engines.simulated", engine, log) as pid:
+    speed = ("--tokens-per-s", str(options.tokens_per_s))
+    async with running("worker.engines.simulated", (*engine, *speed), log) as pid:
         await until_answers(f"{engine_url}/health", log, pid=pid)
         async with (
-            with_batcher(new_folder(folder / "inferq"), engine_url, slots, worker_options) as system,
+            with_batcher(new_folder(folder / "inferq"), engine_url, slots=slots, worker_options=worker_options) as (
+                system,
+                _,
+            ),
             aiohttp.ClientSession(f"http://127.0.0.1:{system.port}") as session,
         ):
             batch = Batch(session, options.lines, options.tokens)

@@ -205,6 +205,25 @@ async def whole_inferq(
 
 
 @asynccontextmanager
+async def with_batcher(
+    folder: Path,
+    engine_url: str,
+    *,
+    slots: int,
+    worker_options: Sequence[str] = (),
+    batcher_options: Sequence[str] = (),
+) -> AsyncIterator[tuple[System, str]]:
+    """The same with a batcher, which keeps its files in ``folder``."""
+    os.environ["INFERQ_STORAGE_URL"] = str(folder / "store")
+    async with whole_inferq(folder, engine_url, slots=slots, worker_options=worker_options) as (system, queue_url):
+        port, log = free_port(), folder / "batcher.log"
+        options = ("--port", str(port), "--redis-url", queue_url, "--log-level", "warning")
+        async with running("batches.service", (*options, *batcher_options), log) as pid:
+            await until_answers(f"http://127.0.0.1:{port}/readyz", log)
+            yield System(system.name, system.port, {**system.pids, "batcher": pid}), queue_url
+
+
+@asynccontextmanager
 async def worker(
     folder: Path,
     name: str,
