@@ -29,19 +29,21 @@ def running(folder: Path) -> dict[str, int]:
     found = {}
     for file in folder.glob("*.pid"):
         pid = int(file.read_text())
-        if file.stem.encode() in command_line(pid):  # another program may have the number by now
+        if is_worker(pid, file.stem):
             found[file.stem] = pid
         else:
             file.unlink()
     return found
 
 
-def command_line(pid: int) -> bytes:
-    """Of a running process; empty of one that has ended."""
+def is_worker(pid: int, name: str) -> bool:
+    """Whether a process is that worker: it may have ended, and another program may have the number by now."""
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
-        return b""
+        return False
+    return state != "Z" and (not command or name.encode() in command)  # none yet: it was started just now
 
 
 def start(folder: Path, command: list[str], pool: str) -> None:

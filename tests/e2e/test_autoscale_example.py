@@ -67,6 +67,7 @@ async def test_from_zero_workers_up_and_back_while_every_request_is_answered(
         assert [task.result() for task in asked] == [f"request {number}" for number in range(REQUESTS)]
         assert max(seen) == MAX_WORKERS, f"workers seen: {seen}"
         assert autoscaler.returncode == 0
+        assert len(list((tmp_path / "workers").glob("*.log"))) == MAX_WORKERS
 
 
 async def _listed(fleet: Fleet) -> bool:
