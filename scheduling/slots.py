@@ -1,6 +1,7 @@
 """How many slots a worker keeps, from what its engine says of its load: full, with next to nothing waiting inside.
 
-A worker asks its engine about once a second, calls :func:`next_state` with each reading, and uses ``SlotState.limit``.
+A worker asks its engine about once a second (:func:`asks_now`), calls :func:`next_state` with each reading, and uses
+``SlotState.limit``.
 
 * **Standing queue.** Requests wait in an engine for a moment whenever they arrive. Only what waited at two readings in
   a row counts: the smaller of both, as CoDel takes the minimum over an interval (Nichols and Jacobson, "Controlling
@@ -14,6 +15,9 @@ A worker asks its engine about once a second, calls :func:`next_state` with each
   grows by one, then by twice as much each time, at most by a quarter. After a decrease it waits, twice as long after
   each that follows (additive increase and multiplicative decrease: Chiu and Jain, 1989; the doubling start: Jacobson,
   1988).
+* **Back, by doubling.** Below the setting, with slots free, a limit binds nobody: what lowered it is over, as where one
+  long prompt took all of an engine's steps. It doubles, up to the setting: a worker with few slots is handed little,
+  and what its cache holds would be computed elsewhere meanwhile.
 * **Without readings** the limit is the setting.
 """
 
@@ -28,6 +32,8 @@ MISSES_ALLOWED: Final = 2
 """Readings in a row that may be missing before the limit is the setting again."""
 CLEAN_READINGS: Final = 2
 """Readings without a sign of overload, all slots in use, before the limit grows, and that prove that it may have."""
+IDLE_READINGS: Final = 10
+"""How many times as seldom an engine is asked that has nothing to do, or tells no load."""
 KV_ROOM: Final = 0.85
 """Share of the KV cache in use below which the limit may grow."""
 KV_FULL: Final = 0.95
@@ -91,6 +97,13 @@ def first_state(bounds: SlotBounds) -> SlotState:
     return SlotState(bounds.setting)
 
 
+def asks_now(state: SlotState, bounds: SlotBounds, *, busy: int, passed: int) -> bool:
+    """Whether a worker with ``busy`` requests reads its engine's load now, ``passed`` intervals after the last time."""
+    if passed >= IDLE_READINGS:
+        return True
+    return state.missed <= MISSES_ALLOWED and (busy > 0 or state.limit < bounds.setting)
+
+
 def next_state(
     state: SlotState, bounds: SlotBounds, load: EngineLoad | None, *, busy: int, all_in_use: bool
 ) -> SlotState:
@@ -114,7 +127,7 @@ def next_state(
     wanted = all_in_use or state.limit < bounds.setting
     if not wanted or load.waiting or (load.kv_usage or 0.0) >= KV_ROOM:
         return replace(seen, clean=0)
-    return _grown(replace(seen, clean=state.clean + 1), bounds)
+    return _grown(replace(seen, clean=state.clean + 1), bounds, all_in_use=all_in_use)
 
 
 def _overload_target(state: SlotState, load: EngineLoad, busy: int) -> int | None:
@@ -142,13 +155,15 @@ def _shrunk(state: SlotState, target: int) -> SlotState:
     return replace(state, limit=limit, step=1, clean=0, hold=1 << backoff, backoff=backoff, unproven=False)
 
 
-def _grown(state: SlotState, bounds: SlotBounds) -> SlotState:
+def _grown(state: SlotState, bounds: SlotBounds, *, all_in_use: bool) -> SlotState:
     if state.clean < CLEAN_READINGS:
         return state
     if state.unproven:
         state = replace(state, unproven=False, backoff=max(state.backoff - 1, 0))
     if state.hold or state.limit >= bounds.maximum:
         return state
+    if state.limit < bounds.setting and not all_in_use:
+        return replace(state, limit=min(2 * state.limit, bounds.setting), clean=0, unproven=True)
     step = min(state.step, max(state.limit // 4, 1))
     limit = min(state.limit + step, bounds.maximum)
     return replace(state, limit=limit, step=2 * step, clean=0, unproven=True)

@@ -6,14 +6,11 @@ import asyncio
 from collections.abc import Callable
 from typing import NoReturn
 
-from scheduling.slots import MISSES_ALLOWED, EngineLoad, SlotBounds, first_state, next_state
+from scheduling.slots import EngineLoad, SlotBounds, asks_now, first_state, next_state
 from telemetry import get_logger
 
 from .core import Slots
 from .engines import Engine
-
-IDLE_READINGS = 10
-"""How many times as seldom an engine is asked that has nothing to do, or tells no load."""
 
 log = get_logger(__name__)
 
@@ -38,12 +35,13 @@ class SlotLimit:
         """Adapt until cancelled. Never raises for anything an engine says."""
         if not self._interval_s:
             await asyncio.Event().wait()
+        passed = 0
         while True:
-            for _ in range(IDLE_READINGS):
-                await asyncio.sleep(self._interval_s)
-                if self._slots.busy and self._state.missed <= MISSES_ALLOWED:
-                    break
-            await self._adapt()
+            await asyncio.sleep(self._interval_s)
+            passed += 1
+            if asks_now(self._state, self._bounds, busy=self._slots.busy, passed=passed):
+                passed = 0
+                await self._adapt()
 
     async def _adapt(self) -> None:
         slots = self._slots

@@ -16,7 +16,7 @@ from queue_schemas.lanes import LANES, Lane, lane_order
 from scheduling.cost import USUAL_OUTPUT, Usage, cost_of
 from scheduling.fairness import charge_of
 from scheduling.prediction import place_of
-from scheduling.slots import SlotBounds, SlotState, first_state, next_state
+from scheduling.slots import SlotBounds, SlotState, asks_now, first_state, next_state
 
 from ..fleet import Worker
 from ..requests import Request
@@ -56,7 +56,8 @@ class PullQueue:
         self._warmth = Warmth(context.block_tokens) if rules.affinity else None
         self._yielding = Yielding() if rules.max_yields else None
         self._lines: dict[Lane, Line] = {lane: Line(self._warmth, fair=rules.fairness) for lane in LANES}
-        self._slots: dict[Worker, tuple[SlotBounds, SlotState]] = {}
+        self._slots: dict[Worker, tuple[SlotBounds, SlotState, int]] = {}
+        """Of workers that adapt them; and for how many intervals their engines were not asked."""
         self._free = LoadLevels()
         """Workers that have a free slot, by where new work is handed to first."""
         self._sign = 1 if rules.packs else -1
@@ -98,7 +99,7 @@ class PullQueue:
         """``worker`` claims what it has slots for."""
         if self._rules.max_slots is not None:
             bounds = SlotBounds(worker.slots, max(self._rules.max_slots, worker.slots))
-            self._slots[worker] = (bounds, first_state(bounds))
+            self._slots[worker] = (bounds, first_state(bounds), 0)
             self._clock.at(self._clock.now + READ_ENGINE_S, self._adapt, worker)
         self._claim(worker)
 
@@ -151,12 +152,13 @@ class PullQueue:
             del self._slots[worker]
             return
         self._clock.at(self._clock.now + READ_ENGINE_S, self._adapt, worker)
-        if not worker.running:
+        bounds, state, passed = self._slots[worker]
+        busy, passed = worker.running, passed + 1
+        if not asks_now(state, bounds, busy=busy, passed=passed):
+            self._slots[worker] = (bounds, state, passed)
             return
-        bounds, state = self._slots[worker]
-        busy = worker.running
         state = next_state(state, bounds, worker.engine.load(), busy=busy, all_in_use=busy >= worker.slots)
-        self._slots[worker] = (bounds, state)
+        self._slots[worker] = (bounds, state, 0)
         if state.limit != worker.slots:
             worker.slots = state.limit
             self._claim(worker)

@@ -168,6 +168,25 @@ def test_slots_follow_the_engines_load() -> None:
     assert fabric.queue.waiting == 2
 
 
+def test_slots_come_back_while_a_worker_is_idle() -> None:
+    """It is handed nothing while others have more free slots, so nothing else would ever bring them back."""
+    fabric = Fabric(8, rules=QueueRules(max_slots=8))
+    worker = fabric.workers[0]
+    worker.engine = Crowded()
+    fabric.arrive()
+    fabric.clock.at(3.5, lambda _: _end_all(fabric, worker))
+    seen: list[int] = []
+    fabric.clock.at(3.6, lambda _: seen.append(worker.slots))
+    fabric.clock.at(20.0, lambda _: fabric.clock.stop())
+    fabric.clock.run()
+    assert (seen, worker.slots) == ([1], 8)
+
+
+def _end_all(fabric: Fabric, worker: Worker) -> None:
+    worker.engine = Idle()
+    fabric.end(worker)
+
+
 class Crowded(Idle):
     """An engine that runs five requests and keeps the rest waiting."""
 
