@@ -57,8 +57,8 @@ class Placement:
         depths = await call_queue(self._timeout_ms, self._queue.stats.depths(away))
         now = self._clock()
         self._note_failures(members, now)
-        known = {model for model in (*depths, *self._rules) if self._queue.shard_of(model) not in away}
-        workers = [self._placed(member, known, away, now) for member in members]
+        known = {model for model in (*depths, *self._rules) if not self._is_away(model, away)}
+        workers = self._placed(members, known, away, now)
         for move in place(self._demands(known, depths, workers, now), workers):
             member = self._registry.get(move.worker_id)
             log.info("model_assigned", worker=move.worker_id, model=move.model, before=member.model, reason=move.why)
@@ -82,22 +82,38 @@ class Placement:
             for model in sorted(known)
         ]
 
-    def _placed(self, member: Member, known: set[str], away: set[int], now: float) -> PlacedWorker:
-        """The worker as the decision sees it. One whose pool's shard does not answer stays where it is."""
-        status, model = member.status, member.model
-        stays = len(member.loadable) < 2 or not model or self._queue.shard_of(model) in away
-        return PlacedWorker(
-            worker_id=member.worker_id,
-            models=frozenset([model] if member.is_swapping else [*status.models, *([model] if model else ())]),
-            slots=status.slots,
-            loaded=model,
-            loadable=frozenset() if stays else frozenset(member.loadable) & known,
-            running=status.running,
-            since_s=None if member.told_at is None else now - member.told_at,
-            load_s=member.load_s,
-            failed=member.load_failed,
-            refused=frozenset(refused for session, refused in self._refused_until if session == member.session_id),
-        )
+    def _placed(self, members: list[Member], known: set[str], away: set[int], now: float) -> list[PlacedWorker]:
+        """The workers as the decision sees them. One whose pool's shard does not answer stays where it is."""
+        refused: dict[SessionId, list[str]] = {}
+        for session_id, model in self._refused_until:
+            refused.setdefault(session_id, []).append(model)
+        # Most workers have the same list: made once, and recognized as the same by the decision.
+        loadable: dict[tuple[str, ...], frozenset[str]] = {(): frozenset()}
+        placed = []
+        for member in members:
+            status, model = member.status, member.model
+            stays = len(member.loadable) < 2 or not model or self._is_away(model, away)
+            models = () if stays else member.loadable
+            if models not in loadable:
+                loadable[models] = frozenset(models) & known
+            placed.append(
+                PlacedWorker(
+                    worker_id=member.worker_id,
+                    models=frozenset([model] if member.is_swapping else [*status.models, *([model] if model else ())]),
+                    slots=status.slots,
+                    loaded=model,
+                    loadable=loadable[models],
+                    running=status.running,
+                    since_s=None if member.told_at is None else now - member.told_at,
+                    load_s=member.load_s,
+                    failed=member.load_failed,
+                    refused=frozenset(refused.get(member.session_id, ())),
+                )
+            )
+        return placed
+
+    def _is_away(self, model: str, away: set[int]) -> bool:
+        return bool(away) and self._queue.shard_of(model) in away
 
     def _note_failures(self, members: list[Member], now: float) -> None:
         self._refused_until = {one: until for one, until in self._refused_until.items() if now < until}

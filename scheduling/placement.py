@@ -22,10 +22,12 @@ worker that interactive requests use, until then.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from math import inf
 
 from queue_schemas import Lane, LaneDepth
+from queue_schemas.records import record
 
 MAX_MOVES = 4
 """Most moves a round, of any number of workers: what was decided is seen before more is."""
@@ -132,6 +134,92 @@ def dwell_s(worker: PlacedWorker, rules: PoolRules) -> float:
     return DWELLS * max(rules.start_s, worker.load_s or 0.0)
 
 
+@record
+class _Loss:
+    """What is lost with ``worker``, whoever gets it. ``order``: of two that are equally good, the lesser goes. The rest
+    is about those of its pools that have jobs, and the workers that would be left to them:
+
+    ``fits``: they have room; ``may_wait``: or their jobs are batches and background jobs in time. ``late_s``: how late
+    the latest of the others is; ``enough_s``: after so long without a worker a pool takes this one from later work.
+    ``evens_out``: there are some, with room where there is room now. ``interactive``, ``outstanding``: where there is
+    none now, the most jobs to a slot, ``MARGIN`` included; ``outstanding`` is infinite if interactive ones do not fit.
+    """
+
+    worker: PlacedWorker
+    order: tuple[float, int, str]
+    is_idle: bool = True
+    fits: bool = True
+    may_wait: bool = True
+    late_s: float = -inf
+    enough_s: float = 0.0
+    evens_out: bool = True
+    interactive: float = 0.0
+    outstanding: float = 0.0
+
+
+class _Donors:
+    """Workers that may be taken, by what is lost with them: the least first."""
+
+    def __init__(self, losses: Iterable[_Loss]) -> None:
+        in_order = sorted(losses, key=lambda loss: loss.order)
+        self._idle = [loss for loss in in_order if loss.is_idle]
+        self._busy = [loss for loss in in_order if not loss.is_idle]
+        # What the best of the busy ones allows: most pools that cannot have any are told so without looking at each.
+        self._fits = any(loss.fits for loss in self._busy)
+        self._may_wait = any(loss.may_wait for loss in self._busy)
+        self._late_s = min((loss.late_s for loss in self._busy if not loss.may_wait), default=inf)
+        self._enough_s = min((loss.enough_s for loss in self._busy), default=inf)
+        self._slots = min((loss.worker.slots for loss in self._busy), default=0)
+        even = [loss for loss in self._busy if loss.evens_out]
+        self._interactive = min((loss.interactive for loss in even), default=inf)
+        self._outstanding = min((loss.outstanding for loss in even), default=inf)
+
+    def for_lone(self, taker: PoolDemand) -> PlacedWorker | None:
+        """The best of those with work, for a pool with fewer workers than declared, or none."""
+        is_urgent = bool(taker.waiting) and taker.late_s >= 0
+        is_late = bool(taker.waiting) and taker.late_s >= taker.rules.start_s
+        second: PlacedWorker | None = None
+        if (
+            self._fits
+            or (is_urgent and self._may_wait)
+            or (is_late and (taker.late_s >= self._late_s or taker.unserved_s >= self._enough_s))
+        ):
+            for loss in self._that_can_load(taker.model, self._busy):
+                if loss.fits or (is_urgent and loss.may_wait):
+                    return loss.worker
+                is_older = taker.late_s >= loss.late_s or taker.unserved_s >= loss.enough_s
+                if second is None and is_late and is_older:
+                    second = loss.worker
+        return second
+
+    def for_overloaded(self, taker: PoolDemand, slots: int) -> PlacedWorker | None:
+        """The best of them for a pool with ``slots`` that has still more jobs for each of them afterwards. What fits
+        must fit afterwards, or the worker would soon be wanted back. Interactive jobs count alone where they do not
+        fit; else those of the giver must."""
+        if taker.late_s < taker.rules.start_s:
+            return None
+        counts_interactive = taker.interactive > slots
+        jobs = taker.interactive if counts_interactive else taker.outstanding
+        if (self._interactive if counts_interactive else self._outstanding) > jobs / max(slots + self._slots, 1):
+            return None
+        for loss in self._that_can_load(taker.model, self._busy):
+            load = loss.interactive if counts_interactive else loss.outstanding
+            if loss.evens_out and load <= jobs / max(slots + loss.worker.slots, 1):
+                return loss.worker
+        return None
+
+    def idle(self, taker: PoolDemand) -> PlacedWorker | None:
+        """The best of those that have nothing to do."""
+        return next((loss.worker for loss in self._that_can_load(taker.model, self._idle)), None)
+
+    @staticmethod
+    def _that_can_load(model: str, losses: list[_Loss]) -> Iterator[_Loss]:
+        for loss in losses:
+            worker = loss.worker
+            if model in worker.loadable and model not in worker.models and model not in worker.refused:
+                yield loss
+
+
 class _Fleet:
     """The fleet as it will be once the moves so far are done."""
 
@@ -139,22 +227,23 @@ class _Fleet:
         self._pools = {pool.model: pool for pool in pools}
         self._workers: dict[str, int] = {}
         self._slots: dict[str, int] = {}
-        self._free: dict[str, list[PlacedWorker]] = {}
-        """By model, the workers that could load it and may move."""
-        self._moved: set[str] = set()
+        self._free: dict[str, PlacedWorker] = {}
+        """The workers that may move, by id."""
+        self._losses: dict[str, _Loss | None] = {}
+        self._donors: _Donors | None = None
+        """What is known of them in this state of the fleet."""
         for worker in workers:
             if not worker.failed:
                 self._count(worker, worker.models, 1)
-            if self._may_move(worker):
-                for model in worker.loadable - worker.refused - worker.models:
-                    self._free.setdefault(model, []).append(worker)
+            if worker.loadable and self._may_move(worker):
+                self._free[worker.worker_id] = worker
 
     def takers(self) -> list[tuple[PoolDemand, str]]:
         """The pools that need a worker, the most urgent first, and why."""
         starved, below, overloaded = list[PoolDemand](), list[PoolDemand](), list[PoolDemand]()
         for pool in self._pools.values():
             workers = self._workers.get(pool.model, 0)
-            if workers >= pool.rules.max_workers or pool.model not in self._free:
+            if workers >= pool.rules.max_workers:
                 continue
             if pool.waiting and not workers:
                 starved.append(pool)
@@ -170,16 +259,21 @@ class _Fleet:
 
     def donor(self, taker: PoolDemand) -> PlacedWorker | None:
         """The worker whose loss costs least, of those that may be taken for ``taker``."""
-        allowed = (
-            (rank, self._load_without(worker), worker.running, worker.worker_id, worker)
-            for worker in self._free[taker.model]
-            if worker.worker_id not in self._moved and (rank := self._rank(worker, taker)) is not None
-        )
-        return min(allowed, default=(None,), key=lambda one: one[:-1])[-1]
+        if self._donors is None:
+            losses = map(self._loss, self._free.values())
+            self._donors = _Donors(loss for loss in losses if loss is not None)
+        if self._workers.get(taker.model, 0) < max(taker.rules.min_workers, 1):
+            return self._donors.idle(taker) or self._donors.for_lone(taker)
+        return self._donors.idle(taker) or self._donors.for_overloaded(taker, self._slots[taker.model])
 
     def move(self, worker: PlacedWorker, taker: PoolDemand) -> None:
         """``worker`` goes to ``taker``."""
-        self._moved.add(worker.worker_id)
+        del self._free[worker.worker_id]
+        self._donors = None
+        changed = {taker.model, *worker.models}
+        for one in self._free.values():
+            if not changed.isdisjoint(one.models):
+                self._losses.pop(one.worker_id, None)
         if not worker.failed:
             self._count(worker, worker.models, -1)
         self._count(worker, (taker.model,), 1)
@@ -200,52 +294,46 @@ class _Fleet:
     def _pool(self, model: str) -> PoolDemand:
         return self._pools.get(model) or PoolDemand(model=model)
 
-    def _rank(self, worker: PlacedWorker, taker: PoolDemand) -> int | None:
-        """How much it costs to take ``worker`` for ``taker``, 0 the least; None: it may not be taken."""
-        if worker.failed:
-            return 0
-        ranks = [self._rank_of(self._pool(model), worker, taker) for model in worker.models]
-        known = [rank for rank in ranks if rank is not None]
-        return max(known, default=0) if len(known) == len(ranks) else None
+    def _loss(self, worker: PlacedWorker) -> _Loss | None:
+        """What is lost with ``worker``; None if its pools cannot spare it, whoever wants it."""
+        if worker.worker_id not in self._losses:
+            self._losses[worker.worker_id] = self._loss_of(worker)
+        return self._losses[worker.worker_id]
 
-    def _rank_of(self, giver: PoolDemand, worker: PlacedWorker, taker: PoolDemand) -> int | None:
-        """The same, for one of the pools that ``worker`` serves."""
-        if self._workers[giver.model] <= giver.rules.min_workers:
-            return None
-        if not giver.outstanding:
-            return 0
-        left = self._slots[giver.model] - worker.slots
-        if self._workers.get(taker.model, 0) >= max(taker.rules.min_workers, 1):
-            return 1 if self._evens_out(giver, left, worker, taker) else None
-        may_wait = not giver.interactive and giver.late_s <= 0
-        if _fits(giver, left) or (may_wait and taker.waiting and taker.late_s >= 0):
-            return 1
-        older = taker.late_s >= giver.late_s or taker.unserved_s >= SLICES * self._dwell_s(worker)
-        return 2 if taker.waiting and older and taker.late_s >= taker.rules.start_s else None
-
-    def _evens_out(self, giver: PoolDemand, left: int, worker: PlacedWorker, taker: PoolDemand) -> bool:
-        """Whether ``taker`` has still more jobs for each slot afterwards. What fits must fit afterwards, or the worker
-        would soon be wanted back. Interactive jobs count alone where they do not fit; else those of ``giver`` must."""
-        if left <= 0 or taker.late_s < taker.rules.start_s:
-            return False
-        if giver.outstanding <= self._slots[giver.model]:
-            return _fits(giver, left)
-        slots = self._slots[taker.model]
-        if taker.interactive > slots:
-            return MARGIN * giver.interactive / left <= taker.interactive / (slots + worker.slots)
-        fits = giver.interactive <= UTILIZATION * left
-        return fits and MARGIN * giver.outstanding / left <= taker.outstanding / (slots + worker.slots)
-
-    def _load_without(self, worker: PlacedWorker) -> float:
-        """Jobs for each slot of the fullest pool of ``worker``, without it."""
-        return max(
-            (
-                self._pool(model).outstanding / max(self._slots[model] - worker.slots, 1)
-                for model in worker.models
-                if model in self._slots
-            ),
-            default=0.0,
-        )
+    def _loss_of(self, worker: PlacedWorker) -> _Loss | None:
+        load, late_s, interactive, outstanding = 0.0, -inf, 0.0, 0.0
+        is_idle = fits = evens_out = True
+        for model in worker.models:
+            giver, slots = self._pool(model), self._slots.get(model)
+            if slots is None:  # a load of it failed here, and nobody serves it
+                continue
+            left = slots - worker.slots
+            load = max(load, giver.outstanding / max(left, 1))
+            if worker.failed:
+                continue
+            if self._workers[model] <= giver.rules.min_workers:
+                return None
+            if not giver.outstanding:
+                continue
+            is_idle, has_room = False, _fits(giver, left)
+            if not has_room:
+                fits = False
+                if giver.interactive or giver.late_s > 0:
+                    late_s = max(late_s, giver.late_s)
+            if giver.outstanding <= slots:
+                evens_out = evens_out and left > 0 and has_room
+            elif left > 0:
+                interactive = max(interactive, MARGIN * giver.interactive / left)
+                fits_after = giver.interactive <= UTILIZATION * left
+                outstanding = max(outstanding, MARGIN * giver.outstanding / left if fits_after else inf)
+            else:
+                evens_out = False
+        order = (load, worker.running, worker.worker_id)
+        if is_idle:
+            return _Loss(worker, order)
+        enough_s = SLICES * self._dwell_s(worker)
+        may_wait = late_s == -inf
+        return _Loss(worker, order, False, fits, may_wait, late_s, enough_s, evens_out, interactive, outstanding)
 
     def _by_load(self, pool: PoolDemand) -> tuple[float, str]:
         return (-pool.outstanding / max(self._slots[pool.model], 1), pool.model)

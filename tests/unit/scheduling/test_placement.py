@@ -114,6 +114,32 @@ def test_bounds_are_kept() -> None:
     assert moved([pool("b", 1, 1, rules=replace(RULES, max_workers=0))], [worker(1)]) == []
 
 
+class CountedSet(frozenset[str]):
+    """Counts how often it is asked for a model."""
+
+    asked = 0
+
+    def __contains__(self, model: object) -> bool:
+        CountedSet.asked += 1
+        return super().__contains__(model)
+
+
+@given(waiting=st.integers(1, 9), age_s=st.sampled_from([0.0, 9.0, 10.0, 900.0]), unserved=st.integers(0, 30))
+def test_pools_that_cannot_have_any_worker_look_at_none(waiting: int, age_s: float, unserved: int) -> None:
+    """A round of a large fleet in which every worker is needed takes as long as it has workers and pools, not as their
+    product."""
+    models = [f"m{number}" for number in range(60)]
+    CountedSet.asked = 0
+    workers = [
+        worker(number, model, models=CountedSet({model}), loadable=CountedSet(models))
+        for number, model in enumerate(models[unserved:])
+    ]
+    busy = [pool(model, 4 + waiting, waiting, age_s) for model in models[unserved:]]
+    alone = [pool(model, 1, 1, min(age_s, 9.0)) for model in models[:unserved]]
+    assert moved([*busy, *alone], workers) == []
+    assert CountedSet.asked == 0
+
+
 def test_a_pool_with_more_jobs_than_slots_gets_one_worker_a_round() -> None:
     """Once its oldest job has waited for as long as a load takes, from a pool that has room without it, or too many
     jobs as well, but fewer to a slot."""
