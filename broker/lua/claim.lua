@@ -194,7 +194,7 @@ while #held < wanted and #pools > 0 and given_bytes < MAX_BYTES do
   job.charged = exact(charge_of(job)) .. waited_for
   transition(job, 'leased')
   if job.persisted == '1' then call('HSETNX', P .. 'job:' .. job.id, 'started', int(now)) end
-  call('HSET', P .. 'leases:' .. session_id, job.id, job.epoch)
+  gather('HSET', P .. 'leases:' .. session_id, job.id, job.epoch)
   add('counters', queue_key(job) .. ':leased', 1)
   note_start(job, now)
   held[#held + 1] = job.id .. ' ' .. job.aid

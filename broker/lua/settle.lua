@@ -8,7 +8,7 @@
 --       its first frame (the server lost its latest writes) loses its persisted job, and is fenced.
 -- Invariants: 2 one result, 3 fence, 4 idempotency, 7 streams, 8 bounded memory, 12 conservation.
 -- uses: attempts, fence, rates
--- rarely: correct, retry_or_end, keep, expected, now_ms, save
+-- rarely: note_correction, write_corrections, retry_or_end, keep, expected, now_ms, save
 
 -- The seq of the next frame of this attempt.
 local function expected(job)
@@ -57,7 +57,7 @@ while i <= #ARGV do
     if #frames > 0 then post(job, table.concat(frames)) end
     if outcome ~= '' then
       leave_lease(job)
-      if ARGV[i + 4] ~= '' then correct(job, tonumber(ARGV[i + 4])) end
+      if ARGV[i + 4] ~= '' then note_correction(job, tonumber(ARGV[i + 4])) end
       if outcome == 'done' then observe(job, tonumber(ARGV[i + 5])) end
       if outcome == 'expired' then job.why = EXPIRED_RUNNING end
       end_job(job, outcome, job.aid, outcome == 'expired' and 'running' or nil)
@@ -66,5 +66,6 @@ while i <= #ARGV do
   answers[#answers + 1] = refusal or 'ok'
   i = i + 9 + number
 end
+if next(corrections) then write_corrections() end
 send_posted()
 return write_counters_and_return(answers)

@@ -12,8 +12,10 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
+from types import MappingProxyType
 
 from queue_schemas.lanes import BAND_STEP, BANDS, LANE_CYCLE, band_order, lane_order, region_first
 from queue_schemas.lifecycle import TERMINAL, TRANSITIONS
@@ -47,11 +49,17 @@ class Script:
     @classmethod
     def of(cls, name: str, parts: Mapping[str, str]) -> Script:
         """The script made of ``parts``, in their order: its own text stands at the end."""
-        source = link(name, parts)
+        source = _link(name, tuple(parts.items()))
         return cls(name, parts, source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
 
 
-def load_scripts(*, flags: bool) -> dict[str, Script]:
+@lru_cache(256)
+def _link(name: str, parts: tuple[tuple[str, str], ...]) -> str:
+    return link(name, dict(parts))
+
+
+@cache
+def load_scripts(*, flags: bool) -> Mapping[str, Script]:
     """All scripts by name. ``flags``: with the ``#!lua`` line that real servers honour and fakeredis refuses."""
     folder = files("broker") / "lua"
     generated = {"transitions": _transitions(), "lanes": _lanes(), "record_format": _record_format()}
@@ -63,7 +71,7 @@ def load_scripts(*, flags: bool) -> dict[str, Script]:
         if flags:
             parts = {"flags": f"#!lua{'' if name in _REFUSED_IN_FULL_MEMORY else ' flags=allow-oom'}"} | parts
         scripts[name] = Script.of(name, parts)
-    return scripts
+    return MappingProxyType(scripts)
 
 
 def compose(name: str, text: str, libraries: Mapping[str, str]) -> dict[str, str]:

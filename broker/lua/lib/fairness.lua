@@ -7,6 +7,7 @@
 -- rarely: correct
 
 local SERVICE_TTL_MS = 3600000
+local is_active, sizes = {}, {} -- what this call knows of who waits, and of how many do
 
 local function exact(units)
   return string.format('%.3f', units)
@@ -15,8 +16,11 @@ end
 -- A tenant that comes (back) is lifted to the least of those that wait, or to the one that left last: idle time earns
 -- nothing.
 local function activate(key, tenant)
-  local active = P .. 'active:' .. key
+  local active, name = P .. 'active:' .. key, key .. ' ' .. tenant
+  if is_active[name] then return end
+  is_active[name] = true
   if call('ZSCORE', active, tenant) then return end
+  sizes[key] = nil
   local served = call('ZMSCORE', P .. 'service:' .. key, '*', tenant)
   local least = call('ZRANGE', active, 0, 0, 'WITHSCORES')[2] or served[1]
   call('ZADD', active, exact(math.max(tonumber(served[2] or 0), tonumber(least or 0))), tenant)
@@ -26,6 +30,7 @@ end
 local function move(key, tenant, stands, leaves)
   local active, service = P .. 'active:' .. key, P .. 'service:' .. key
   if not leaves then return stands and call('ZADD', active, 'XX', exact(stands), tenant) end
+  is_active[key .. ' ' .. tenant], sizes[key] = nil, nil
   stands = stands or tonumber(call('ZSCORE', active, tenant) or 0)
   call('ZREM', active, tenant)
   call('ZREMRANGEBYSCORE', service, '-inf', '(' .. (call('ZRANGE', active, 0, 0, 'WITHSCORES')[2] or exact(stands)))
@@ -33,20 +38,45 @@ local function move(key, tenant, stands, leaves)
   call('PEXPIRE', service, SERVICE_TTL_MS)
 end
 
+-- How many tenants of a band wait.
+local function tenants_waiting(key)
+  sizes[key] = sizes[key] or call('ZCARD', P .. 'active:' .. key)
+  return sizes[key]
+end
+
 -- What its tenant is charged for an attempt at a job.
 local function charge_of(job)
   return tonumber(job.cost) / tonumber(job.weight)
 end
 
--- Charges the tenant of a job whose attempt was charged for more: where its region's workers took it, that stands behind
--- ``charged``.
-local function correct(job, used)
+local corrections = {}
+
+-- Notes by how much the tenant of a job was charged too little for its attempt: where its region's workers took it, that
+-- stands behind ``charged``.
+local function note_correction(job, used)
   local charged, region = string.match(job.charged, '^([^@]+)(.*)$')
   if not charged then return end
   local key, by = queue_key(job) .. region .. ':' .. job.band, used / tonumber(job.weight) - tonumber(charged)
-  local service = P .. 'service:' .. key
-  if call('ZADD', P .. 'active:' .. key, 'XX', 'INCR', exact(by), job.tenant) then return end
-  local served = call('ZMSCORE', service, '*', job.tenant)
-  local stands = served[2] or by > 0 and served[1]
-  if stands then call('ZADD', service, exact(tonumber(stands) + tonumber(exact(by))), job.tenant) end
+  local name = key .. ' ' .. job.tenant
+  local one = corrections[name] or { key = key, tenant = job.tenant, by = 0 }
+  corrections[name], one.by = one, one.by + tonumber(exact(by))
+end
+
+-- Charges what was noted.
+local function write_corrections()
+  for _, one in pairs(corrections) do
+    local service = P .. 'service:' .. one.key
+    if not call('ZADD', P .. 'active:' .. one.key, 'XX', 'INCR', exact(one.by), one.tenant) then
+      local served = call('ZMSCORE', service, '*', one.tenant)
+      local stands = served[2] or one.by > 0 and served[1]
+      if stands then call('ZADD', service, exact(tonumber(stands) + one.by), one.tenant) end
+    end
+  end
+  corrections = {}
+end
+
+-- Charges the tenant of a job for what its attempt was charged too little.
+local function correct(job, used)
+  note_correction(job, used)
+  write_corrections()
 end

@@ -4,13 +4,16 @@
 -- is used up it is only marked as ``full``.
 -- uses: records
 
+local nobody_at = {} -- queue keys at which this call found nobody parked
+
 -- Wakes the worker that parked first at a queue key, or ``preferred``, unless it is gone. Answers whether there was one.
 local function wake(key, now, preferred)
-  for _ = 1, 64 do
+  for _ = 1, nobody_at[key] and 0 or 64 do
     local popped = preferred and call('ZREM', P .. 'parked:' .. key, preferred) == 1 and { preferred, now }
       or call('ZPOPMIN', P .. 'parked:' .. key)
     preferred = nil
-    if not popped[1] then return false end
+    nobody_at[key] = not popped[1]
+    if nobody_at[key] then return false end
     local claimed = P .. 'claimed:' .. popped[1]
     local of = call('HMGET', claimed, 'stands_until', 'full')
     if of[1] then call('HDEL', claimed, 'stands_until') end

@@ -1,21 +1,23 @@
 -- How long a job will wait: what is thought to go before it, at the pace of late, over the slots that are taken now.
 -- ``scheduling/prediction.py`` says the same, and why.
--- uses: records, counters
+-- uses: records, counters, fairness
 -- rarely: predicted_wait
 
 local KINDS = { ':waiting', ':cost', ':leased', ':ran', ':ran_ms', ':ran_cost' }
 local LANES = { 'interactive', 'background', 'batch' }
 local KNOWN_JOBS, LANE_CYCLE, MAX_WAIT_MS = 8, 16, 1e10
+local is_pool_read = {}
 local own_jobs = {} -- by waiting stream: how many wait there, as far as this call has asked
 
 -- Of a job that comes to its queue key now, or before which ``own`` of its stream wait: the ms until it starts, nil if too
 -- little was seen or nothing runs; and how many jobs go before it.
 local function predicted_wait(job, own)
   local fields, sums, lane_of, is_above = {}, {}, without_region(job.lane), true
-  for _, lane in ipairs(LANES) do
+  for _, lane in ipairs(is_pool_read[job.pool] and {} or LANES) do
     for _, kind in ipairs(KINDS) do fields[#fields + 1] = job.pool .. ':' .. lane .. kind end
   end
   read('counters', fields)
+  is_pool_read[job.pool] = true
   local ahead, jobs, below = 0, 0, 0
   for _, lane in ipairs(LANES) do
     local at = job.pool .. ':' .. lane
@@ -33,7 +35,7 @@ local function predicted_wait(job, own)
   local queue = job.queue ~= '' and job.queue or 'q:' .. of_band .. ':' .. job.tenant
   if in_lane > 0 and string.sub(queue, 1, 2) == 'q:' then
     own = own or own_jobs[queue] or call('XLEN', P .. queue)
-    own_jobs[queue], tenants = own, call('ZCARD', P .. 'active:' .. of_band)
+    own_jobs[queue], tenants = own, tenants_waiting(of_band)
   end
   local before = math.min((own or 0) * tenants, in_lane)
   if in_lane > 0 then ahead = ahead + counter('counters', at .. ':cost') * before / in_lane end

@@ -4,9 +4,12 @@
 -- uses: records, counters, fairness, suspicion, lifecycle
 -- rarely: drop_entry
 
+local lengths = {} -- of streams from which this call took entries
+
 local function delete_entry(queue, entry_id)
   local removed = call('XDEL', P .. queue, entry_id)
-  local empty = call('XLEN', P .. queue) == 0
+  lengths[queue] = lengths[queue] and lengths[queue] - removed or call('XLEN', P .. queue)
+  local empty = lengths[queue] == 0
   if empty then call('DEL', P .. queue) end
   return removed == 1, empty
 end
@@ -42,6 +45,7 @@ local function add_new_entry(job, digests)
   count_waiting(queue_key(job), 1, job.cost)
   local has_digests, wait = (digests or '') ~= '', queue_key(job) .. ':wait'
   if has_digests and counter('counters', wait) == 0 then add('counters', wait, 1) end
+  lengths[job.queue] = nil
   job.entry = call('XADD', P .. job.queue, '*', 'id', job.id, 'of', job.tenant .. ' ' .. job.size .. ' ' .. job.cost,
     unpack(has_digests and { 'digests', digests } or {}))
 end
@@ -50,6 +54,7 @@ end
 local function add_retry_entry(job)
   job.queue = (is_suspect(job) and 'suspects:' or 'retry:') .. queue_key(job)
   count_waiting(queue_key(job), 1, job.cost)
+  lengths[job.queue] = nil
   job.entry = call('XADD', P .. job.queue, '*', 'id', job.id, 'of', job.tenant .. ' ' .. job.size .. ' ' .. job.cost)
 end
 
