@@ -99,10 +99,11 @@ class ShardKeys:
         """Sorted set: parked sessions that are handed jobs there, the most free first (minus their free slots)."""
         return f"{self.prefix}offers:{queue_key(pool, lane, region)}"
 
-    def yieldable(self, pool: str) -> str:
-        """Sorted set: running jobs of a pool whose attempt may yield, by its start, or minus the time at which it was
-        asked to (queue ms)."""
-        return f"{self.prefix}yieldable:{encode_name(pool)}"
+    def yieldable(self, pool: str, region: str = "") -> str:
+        """Sorted set: running jobs of a pool, all or those at workers of one region, whose attempt may yield, by its
+        start, or minus the time at which it was asked to (queue ms)."""
+        at = f"@{encode_name(region)}" if region else ""
+        return f"{self.prefix}yieldable:{encode_name(pool)}{at}"
 
     @property
     def warm(self) -> str:

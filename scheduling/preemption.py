@@ -10,7 +10,8 @@ Rules:
 * The attempt that began last yields first: it has the least to compute again, and old ones come to their end.
 * Lower lanes keep the part of what runs that claims would give them under a saturating interactive load, so that their
   starvation bounds stand.
-* A worker declines while a slot of its own is free or about to be, and beyond a share of its slots in any second.
+* A worker declines while a slot of its own is free or about to be. Beyond a share of its slots in any second it waits
+  until the share allows one more, if no slot becomes free before.
 """
 
 from __future__ import annotations
@@ -84,16 +85,21 @@ class YieldPolicy:
         rate = sum(rates)
         return 1 / rate if rate else inf
 
-    def refusal(self, now: float, slots: int, running: Mapping[Lane, int]) -> str:
+    def refusal(self, now: float, slots: int, running: Mapping[Lane, int], *, free: int) -> str:
         """Why nothing yields now, as a metric's label; empty if an attempt may. ``running``: by lane, what ``slots``
-        run."""
-        if sum(running.values()) < slots:
+        run. ``free``: slots that an interactive job may get without one."""
+        if free > 0:
             return "slot_free"
         if self.slot_due_s(running) < self.min_gain_s:
             return "slot_due"
+        return "share" if self.share_due_s(now, slots) > 0 else ""
+
+    def share_due_s(self, now: float, slots: int) -> float:
+        """How long until the share allows one more attempt to yield; 0: it does."""
         while self._yielded_at and now - self._yielded_at[0] >= _WINDOW_S:
             self._yielded_at.popleft()
-        return "share" if len(self._yielded_at) >= max(int(self.share * slots), 1) else ""
+        beyond = len(self._yielded_at) - max(int(self.share * slots), 1)
+        return self._yielded_at[beyond] + _WINDOW_S - now if beyond >= 0 else 0.0
 
     def yielded(self, now: float) -> None:
         """An attempt was stopped to yield."""

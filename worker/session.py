@@ -146,7 +146,9 @@ class WorkerSession:
             )
             self._broker, self._attempts = broker, attempts
             policy = YieldPolicy(settings.preemption_share, settings.preemption_min_gain_ms / 1000)
-            preemption = self._preemption = Preemption(broker, policy, self.slots, attempts, self._context.metrics)
+            preemption = self._preemption = Preemption(
+                broker, policy, self.slots, attempts, self._context.metrics, settings.region
+            )
             group.create_task(frame_batcher.run(), name="frame batcher")
             group.create_task(step_reader.run(), name="step reader")
             lease_s = answer.lease_ms / 1000

@@ -99,6 +99,7 @@ class ShardConsumer:
             claimed = await self._claim(claim)
             if claimed is not None:
                 slots.answered(claim, claimed, now())
+                self._preemption.claimed(claim, claimed.leases)
                 self._start(claimed.leases, group)
 
     async def _reconcile_leases(self) -> bool:
@@ -204,7 +205,7 @@ class ShardConsumer:
             case ControlKind.ABORT if message.job_id is not None:
                 self._attempts.abort(message.job_id, message.reason)
             case ControlKind.YIELD:
-                group.create_task(self._preemption.ask(message.attempt_id))
+                group.create_task(self._preemption.ask(message.attempt_id, self._shard))
             case ControlKind.DRAIN:
                 self._context.drain.set()
             case ControlKind.PING:

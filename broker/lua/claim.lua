@@ -192,11 +192,11 @@ while #held < wanted and #pools > 0 and given_bytes < MAX_BYTES do
   job.owner, job.queue, job.entry, job.charged = session_id, '', '', '0'
   if not start then correct(job, tonumber(job.cost)) end
   job.charged = exact(charge_of(job)) .. waited_for
+  note_start(job, now, region == '' and '' or '@' .. region)
   transition(job, 'leased')
   if job.persisted == '1' then call('HSETNX', P .. 'job:' .. job.id, 'started', int(now)) end
   gather('HSET', P .. 'leases:' .. session_id, job.id, job.epoch)
   add('counters', queue_key(job) .. ':leased', 1)
-  note_start(job, now)
   held[#held + 1] = job.id .. ' ' .. job.aid
   if is_suspect(job) then
     held_suspect = true

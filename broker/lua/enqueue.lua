@@ -95,14 +95,14 @@ local function enqueue(id, envelope, pool, lane, band, tenant, reply, persisted,
     handed_over = handed_over + 1
     gather('HSET', P .. 'leases:' .. owner.id, id, '1')
     add('counters', shared .. ':leased', 1)
-    note_start(job, now)
+    note_start(job, now, string.match(owner.parked or '', '@%S+') or '')
     remember(job, digests, owner.cache)
   else
     local best = digests ~= '' and waiting(at) == 0 and most_free(at)
     local preferred = best and warmest(at, digests, best)
     add_new_entry(job, digests)
     if own_jobs[job.queue] then own_jobs[job.queue] = own_jobs[job.queue] + 1 end
-    if not wake(at, now, preferred and preferred.id) and job.lane == 'interactive' then ask_to_yield(pool, now) end
+    if not wake(at, now, preferred and preferred.id) then ask_to_yield(at, now) end
   end
   save(job, 'env', envelope, unpack(digests ~= '' and { 'digests', digests } or {}))
   if for_region and not owner then call('HSET', key, 'eligible_at', int(now + tonumber(remote_after_ms))) end

@@ -7,7 +7,7 @@
 -- uses: attempts, parking, preemption
 -- rarely: ask_to_yield
 
-local MAX_ASKED = 64 -- attempts of a pool that one sweep has yield
+local MAX_ASKED = 64 -- attempts that one sweep has yield to what waits at a queue key
 local limit, at_least = ARGV[2], tonumber(ARGV[3])
 local now = now_ms(at_least > 0 and at_least or nil)
 local expired, woken, forgotten, opened = 0, 0, 0, 0
@@ -79,13 +79,13 @@ for i = 1, #counters, 2 do
     local shared = without_region(key)
     local moved = shared ~= key and open_to_all(key) or 0
     opened = math.max(opened, moved)
-    if moved > 0 and wake(shared, now) then woken = woken + 1 end
-    local pool = string.match(key, '^(.*):interactive$')
-    if waiting(key) > 0 and wake(key, now) then
-      woken = woken + 1
-    elseif pool then
+    for _, at in ipairs(moved > 0 and { shared, key } or { key }) do
       local left = MAX_ASKED
-      while left > 0 and ask_to_yield(pool, now) do left = left - 1 end
+      if waiting(at) > 0 and wake(at, now) then
+        woken = woken + 1
+      else
+        while left > 0 and ask_to_yield(at, now) do left = left - 1 end
+      end
     end
   end
 end

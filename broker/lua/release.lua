@@ -14,7 +14,7 @@ local answers, crashed, any_suspect = {}, {}, false
 -- A job that may yield goes on behind what it said; another one is handed back as it was.
 local function yield(job, envelope, reason)
   local left, size = yields_left(job), string.len(envelope)
-  if left > 0 then job.resume = 'y' .. int(left - 1) end
+  if left > 0 then job.resume = string.gsub(job.resume, '%d+', int(left - 1), 1) end
   if left > 0 and size > 0 then
     spend(job.pool, job.tenant, 0, size - tonumber(job.size))
     job.size = int(size)

@@ -115,12 +115,12 @@ class Attempts:
         job as its next attempt is to run it, behind what it said; None: unchanged."""
         return await self._batches[shard_of_job(lease.job.id)].release_yielded(lease, reason, following)
 
-    async def decline_to_yield(self, lease: Lease, *, for_now: bool) -> None:
-        """Say that an attempt that was asked to yield runs on, so that another one is asked for what waits next. It is
-        asked again after all others (``for_now``), or not at all."""
-        keys = keys_of_job(self._keys, lease.job.id)
-        key, job_id = keys.yieldable(lease.job.model), lease.job.id
-        await self._caller.once(key, *(("ZADD", key, "XX", 1, job_id) if for_now else ("ZREM", key, job_id)))
+    async def decline_to_yield(self, lease: Lease, *, for_now: bool, region: str = "") -> None:
+        """Say that an attempt at a worker of ``region`` ('' for none) that was asked to yield runs on, so that another
+        one is asked for what waits next. It is asked again after all others (``for_now``), or not at all."""
+        keys, job_id = keys_of_job(self._keys, lease.job.id), lease.job.id
+        for key in {keys.yieldable(lease.job.model), keys.yieldable(lease.job.model, region)}:
+            await self._caller.once(key, *(("ZADD", key, "XX", 1, job_id) if for_now else ("ZREM", key, job_id)))
 
     async def report_crash(self, leases: Sequence[Lease], reason: str) -> list[Settled]:
         """End all attempts that ran on an engine that crashed, in one call per shard.

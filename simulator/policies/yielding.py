@@ -67,8 +67,8 @@ class Yielding:
         worker = request.worker
         if worker is None or _id(request) not in self._asked:
             return False
-        policy = self._of(worker)
-        if policy.refusal(now, worker.slots, self._lanes[worker]):
+        policy, running = self._of(worker), self._lanes[worker]
+        if policy.refusal(now, worker.slots, running, free=worker.slots - running.total()):
             return False
         policy.yielded(now)
         request.yields_left -= 1

@@ -385,6 +385,13 @@ async def an_attempt_is_asked_once(scene: Scene) -> None:
     assert await _asked(scene) == 1
 
 
+async def a_region_has_its_own_yield(scene: Scene) -> None:
+    """A worker elsewhere may not run the job."""
+    await _line(scene)
+    await scene.broker.jobs.enqueue(make_job(region="eu", remote_after_ms=60_000))
+    assert await _asked(scene) == 0
+
+
 async def what_has_ended_is_not_asked(scene: Scene) -> None:
     """Nor does it stand in the way of what may yield."""
     first = await _line(scene)
@@ -549,16 +556,17 @@ GUARDS: list[tuple[Scenario, Rewrite]] = [
     (what_is_on_its_way_has_a_slot, Rewrite("claim", "math.max(wanted - on_their_way, 0)", "wanted")),
     (what_is_on_its_way_is_not_taken_back, Rewrite("reconcile_leases", "and is_unread(job.entry)", "and false")),
     (nobody_makes_a_control_stream, Rewrite("handoff", "'NOMKSTREAM', '*', 'k', 'job'", "'*', 'k', 'job'")),
-    (only_interactive_jobs_have_others_yield, Rewrite("enqueue", " and job.lane == 'interactive'", "")),
+    (only_interactive_jobs_have_others_yield, Rewrite("preemption", ":interactive(", ":[^:@]*(")),
+    (a_region_has_its_own_yield, Rewrite("preemption", "pool .. region, int", "pool, int")),
     (lower_lanes_keep_their_part, Rewrite("preemption", "lower * LOWER_PART <=", "lower * 99 <=")),
     (one_yields_for_each_that_waits, Rewrite("preemption", ">= waiting(", "< 0 * waiting(")),
-    (an_attempt_is_asked_once, Rewrite("preemption", "call('ZADD', yieldable, int(-now), id)", "")),
+    (an_attempt_is_asked_once, Rewrite("preemption", "mark(job, 'ZADD', int(-now), id)", "")),
     (what_has_ended_is_not_asked, Rewrite("leases", "note_end(job)", "")),
     (a_job_yields_so_often_and_no_more, Rewrite("release", "int(left - 1)", "'1'")),
     (a_yield_is_not_charged, Rewrite("release", "job, false, reason", "job, true, reason")),
     (what_it_said_is_kept, Rewrite("release", "size > 0 and outcome == 'requeued'", "false")),
     (what_it_said_is_in_the_budget, Rewrite("release", "job.size = int(size)", "")),
-    (a_suspect_runs_to_its_end, Rewrite("preemption", " and not is_suspect(job)", "")),
+    (a_suspect_runs_to_its_end, Rewrite("preemption", " or is_suspect(job)", "")),
 ]  # fmt: skip
 
 

@@ -30,7 +30,7 @@ MUTANTS = {
     "idempotent claim": Rewrite("claim", "if last[1] == seq then", "if false then"),
     "renewal stop": Rewrite("renew", "if is_fenced(session_id) then return -1 end", ""),
     "deadline check": Rewrite("claim", "job and tonumber(job.deadline) <= now", "false"),
-    "one is asked for each": Rewrite("preemption", "call('ZADD', yieldable, int(-now), id)", ""),
+    "one is asked for each": Rewrite("preemption", "mark(job, 'ZADD', int(-now), id)", ""),
     "yields end": Rewrite("release", "int(left - 1)", "'1'"),
     "charge": Rewrite("claim", "start and start + charge_of(job)", "start and start + 1"),
     "lift": Rewrite("fairness", " or served[1]\n", "\n"),

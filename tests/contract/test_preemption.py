@@ -198,3 +198,76 @@ async def test_the_sweep_asks_again(broker: Broker, worker: Puller, client: Any)
     await client.zadd(KEYS.yieldable(MODEL), {lease.job.id: score + 2_000})
     await broker.maintenance.expire()
     assert await asked(worker) == [lease.attempt_id]
+
+
+EU = {"region": "eu", "remote_after_ms": 60_000}
+"""An interactive job that is first for workers of its region."""
+
+
+async def regional(broker: Broker, region: str, *, handed_over: bool = False) -> tuple[Puller, Lease]:
+    """A worker of a region, and the line that it runs."""
+    worker = await Puller(broker, region=region).join()
+    if not handed_over:
+        return worker, (await leased(broker, worker, line()))[0]
+    await worker.claim(1, offer=1)
+    await broker.jobs.enqueue(line())
+    (lease,) = await worker.handed()
+    return worker, lease
+
+
+@pytest.mark.parametrize("handed_over", [False, True], ids=["claimed", "handed over"])
+async def test_a_job_of_a_region_has_an_attempt_there_yield(broker: Broker, client: Any, handed_over: bool) -> None:
+    """One at a worker that may run the job, though others began later; a job of no region asks all."""
+    here, yielding = await regional(broker, "eu", handed_over=handed_over)
+    (there, remote), (nowhere, _) = await regional(broker, "us"), await regional(broker, "")
+    job = make_job(**EU)
+    await broker.jobs.enqueue(job)
+    assert (await asked(here), await asked(there), await asked(nowhere)) == ([yielding.attempt_id], [], [])
+    await broker.jobs.enqueue(make_job(**EU))
+    assert await asked(there) == []
+    await broker.attempts.release_yielded(yielding, "it yields", replace(yielding.job, prefix="Once", yields=1))
+    assert (await here.claim_one()).job.id == job.id
+    await there.control_messages()
+    await broker.attempts.settle(remote, Outcome.DONE)
+    assert not await client.exists(KEYS.yieldable(MODEL, "eu"), KEYS.yieldable(MODEL, "us"))
+    assert await client.zcard(KEYS.yieldable(MODEL)) == 1
+
+
+async def test_a_line_that_goes_on_in_another_region_is_asked_there(broker: Broker) -> None:
+    """By where it runs, not by where it ran."""
+    here, yielding = await regional(broker, "eu")
+    there = await Puller(broker, region="us").join()
+    following = replace(yielding.job, prefix="Once", yields=1)
+    await broker.attempts.release_yielded(yielding, "it yields", following)
+    again = await there.claim_one()
+    await broker.jobs.enqueue(make_job(**EU))
+    await broker.jobs.enqueue(make_job(**EU | {"region": "us"}))
+    assert (await asked(here), await asked(there)) == ([], [again.attempt_id])
+
+
+async def test_one_that_declines_in_a_region_makes_room_for_another_there(broker: Broker) -> None:
+    worker = await Puller(broker, region="eu").join()
+    first, second, third = await leased(broker, worker, *(line() for _ in range(3)))
+    await broker.jobs.enqueue(make_job(**EU))
+    await broker.attempts.decline_to_yield(third, for_now=True, region="eu")
+    await broker.jobs.enqueue(make_job(**EU))
+    await broker.attempts.decline_to_yield(second, for_now=False, region="eu")
+    for _ in range(3):
+        await broker.jobs.enqueue(make_job(**EU))
+    assert await asked(worker) == [one.attempt_id for one in (third, second, first, third)]
+
+
+async def test_the_sweep_asks_in_a_region_and_where_its_jobs_are_opened_to_all(broker: Broker) -> None:
+    """A job that found nothing to yield when it came is helped by its region's workers as soon as one runs a line, and
+    by any once it may run anywhere."""
+    waits_long, waits_briefly = make_job(**EU), make_job(region="us", remote_after_ms=30)
+    for job in (waits_long, waits_briefly, line(), line()):
+        await broker.jobs.enqueue(job)
+    here, anywhere = await Puller(broker, region="eu").join(), await Puller(broker).join()
+    local, other = await here.claim_one(lanes=[Lane.BATCH]), await anywhere.claim_one(lanes=[Lane.BATCH])
+    await broker.maintenance.expire()
+    assert (await asked(here), await asked(anywhere)) == ([local.attempt_id], [])
+    await broker.attempts.release_yielded(local, "it yields")
+    await asyncio.sleep(0.04)
+    await broker.maintenance.expire()
+    assert (await asked(here), await asked(anywhere)) == ([], [other.attempt_id])

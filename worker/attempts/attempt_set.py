@@ -66,7 +66,6 @@ class Attempts:
         self._idle.set()
         self._output_before = 0
         self._output_at = 0.0
-        self._interactive_count = 0
 
     def __len__(self) -> int:
         return len(self._running)
@@ -84,7 +83,6 @@ class Attempts:
             job = lease.job
             self._metrics.started(lease)
             self._running[lease.attempt_id] = attempt
-            self._interactive_count += job.lane is Lane.INTERACTIVE
             self._idle.clear()
             if job.id in self._aborted:
                 del self._aborted[job.id]
@@ -94,11 +92,6 @@ class Attempts:
     def has(self, attempt_id: str) -> bool:
         """Whether that attempt runs."""
         return attempt_id in self._running
-
-    @property
-    def interactive_count(self) -> int:
-        """Interactive jobs that began here so far."""
-        return self._interactive_count
 
     def abort(self, job_id: JobId, reason: str) -> None:
         """The queue has ended ``job_id``: close its engine connection. It may be a job whose claim is on its way."""
@@ -113,6 +106,11 @@ class Attempts:
     def running(self, attempt_id: str) -> Attempt | None:
         """That attempt, if it runs."""
         return self._running.get(attempt_id)
+
+    def may_yield(self, model: Pool) -> list[Attempt]:
+        """The attempts of a model whose jobs may yield, in the order in which they began. No suspect is among them."""
+        running = self._running.values()
+        return [one for one in running if one.may_yield and one.lease.job.model == model and not one.lease.suspect]
 
     def yield_slot(self, attempt: Attempt) -> None:
         """Stop an attempt for an interactive job. Its slot counts as free at once: by the time that the claim for it is

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from dataclasses import dataclass, replace
-from math import inf
 from typing import Any
 
 import orjson
@@ -21,10 +20,14 @@ from ..core.continuation import Continuation, continue_request, detokenized, tok
 from ..engines import Engine, EngineCall, new_call_id
 
 TOKENIZE_LIMIT_S = 5.0
+"""So long an engine may take over what is asked of it to plan one continuation."""
+PROBE_WAIT_S = 1.0
+"""So long attempts wait for what another one is finding out of the engine."""
 PROBE_TTL_S = 300.0
 RETRY_PROBE_S = 10.0
-"""The same where the engine did not answer."""
+"""The same where the engine did not answer, doubled each time up to ``PROBE_TTL_S``."""
 _MAX_ANSWER_BYTES = 16 << 20
+_MAX_SILENCES = 16
 _PROBE = "The"
 
 log = get_logger(__name__)
@@ -32,6 +35,10 @@ log = get_logger(__name__)
 
 class NotContinuable(Exception):
     """The engine cannot safely continue: the message says why."""
+
+
+class EngineSilent(EngineFailed):
+    """The engine did not answer in time when it was asked for tokens or text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +71,20 @@ async def plan_continuation(engine: Engine, job: Job) -> Continuation:
     """How ``engine`` goes on behind the prefix of ``job``.
 
     Raises ``NotContinuable`` if it would not read the prefix as it was delivered, or does not let us find out;
-    ``EngineFailed`` if it cannot be reached, or does not answer in time.
+    ``EngineFailed`` if it cannot be reached, ``EngineSilent`` if it does not answer within ``TOKENIZE_LIMIT_S``.
     """
-    requests = tokenized(job)
-    original = await _tokens(engine, job, requests.original)
-    continued = await _tokens(engine, job, requests.continued)
-    texts = detokenized(job, original, continued)
-    if await _text(engine, job, texts.continued) != await _text(engine, job, texts.original) + job.prefix:
+    try:
+        async with asyncio.timeout(TOKENIZE_LIMIT_S):
+            requests = tokenized(job)
+            original = await _tokens(engine, job, requests.original)
+            continued = await _tokens(engine, job, requests.continued)
+            texts = detokenized(job, original, continued)
+            before, behind = await _text(engine, job, texts.original), await _text(engine, job, texts.continued)
+    except TimeoutError as error:
+        raise EngineSilent(
+            f"the engine's /tokenize and /detokenize did not answer within {TOKENIZE_LIMIT_S:.0f} s"
+        ) from error
+    if behind != before + job.prefix:
         raise NotContinuable("its prompt would not be the original one and what was delivered")
     said = len(continued) - len(original)
     if said < 0:
@@ -78,30 +92,76 @@ async def plan_continuation(engine: Engine, job: Job) -> Continuation:
     return continue_request(job, len(original), said)
 
 
-class ContinuationProbe:
-    """Finds out whether ``engine`` continues answers at all, by asking as for one that has just begun, before anything
-    is said that would be lost. What was found counts for ``PROBE_TTL_S``; it is asked once, not by each attempt."""
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What is known of an engine until a time of the event loop. ``silences``: how often in a row it did not answer."""
+
+    continues: bool
+    until: float
+    silences: int = 0
+
+
+class Continuations:
+    """Plans how ``engine`` goes on, and knows whether it does so at all: that is asked as for an answer that has just
+    begun, before anything is said that would be lost. By model and path one attempt at a time asks, and again after
+    ``PROBE_TTL_S``; the others go by what is known, and where nothing is wait for ``PROBE_WAIT_S``."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._locks: defaultdict[tuple[str, str], asyncio.Lock] = defaultdict(asyncio.Lock)
-        self._found: dict[tuple[str, str], tuple[bool, float]] = {}
+        self._found: dict[tuple[str, str], _Found] = {}
 
     async def can_continue(self, job: Job) -> bool:
         """Whether it goes on behind a text, by what is known of the model and path of ``job``."""
         key, now = (job.model, job.path), asyncio.get_running_loop().time
-        async with self._locks[key]:
-            found, until = self._found.get(key, (False, -inf))
-            if now() >= until:
-                found, ttl_s = True, PROBE_TTL_S
-                try:
-                    await plan_continuation(self._engine, replace(job, prefix=job.prefix or _PROBE))
-                except (NotContinuable, EngineFailed) as error:
-                    found = False
-                    ttl_s = PROBE_TTL_S if isinstance(error, NotContinuable) else RETRY_PROBE_S
-                    log.warning("jobs_do_not_yield", model=job.model, path=job.path, error=str(error))
-                self._found[key] = (found, now() + ttl_s)
-            return found
+        found, lock = self._found.get(key), self._locks[key]
+        if found is not None and (now() < found.until or lock.locked()):
+            return found.continues
+        try:
+            async with asyncio.timeout(PROBE_WAIT_S if lock.locked() else None):
+                await lock.acquire()
+        except TimeoutError:
+            return False
+        try:
+            found = self._found.get(key)
+            return found.continues if found is not None and now() < found.until else await self._probe(key, job)
+        finally:
+            lock.release()
+
+    async def plan(self, job: Job) -> Continuation:
+        """As :func:`plan_continuation`. A job of which nobody has seen anything is not held up by an engine that does
+        not answer: it is ``NotContinuable``, at once while the engine is known to be silent."""
+        key, now = (job.model, job.path), asyncio.get_running_loop().time
+        found = self._found.get(key)
+        if job.stream:
+            return await plan_continuation(self._engine, job)
+        if found is not None and found.silences and now() < found.until:
+            raise NotContinuable("it did not answer of late when it was asked for tokens")
+        try:
+            return await plan_continuation(self._engine, job)
+        except EngineSilent as error:
+            self._note_silence(key)
+            raise NotContinuable(str(error)) from error
+
+    async def _probe(self, key: tuple[str, str], job: Job) -> bool:
+        try:
+            await plan_continuation(self._engine, replace(job, prefix=job.prefix or _PROBE))
+        except (NotContinuable, EngineFailed) as error:
+            log.warning("jobs_do_not_yield", model=job.model, path=job.path, error=str(error))
+            if isinstance(error, EngineFailed):
+                self._note_silence(key)
+                return False
+            continues = False
+        else:
+            continues = True
+        self._found[key] = _Found(continues, asyncio.get_running_loop().time() + PROBE_TTL_S)
+        return continues
+
+    def _note_silence(self, key: tuple[str, str]) -> None:
+        before = self._found.get(key)
+        silences = before.silences if before is not None else 0
+        ttl_s = min(RETRY_PROBE_S * 2**silences, PROBE_TTL_S)
+        self._found[key] = _Found(False, asyncio.get_running_loop().time() + ttl_s, min(silences + 1, _MAX_SILENCES))
 
 
 async def _tokens(engine: Engine, job: Job, request: bytes) -> list[int]:
@@ -119,14 +179,8 @@ async def _text(engine: Engine, job: Job, request: bytes) -> str:
 
 
 async def _ask(engine: Engine, job: Job, path: str, request: bytes) -> dict[str, Any]:
-    try:
-        async with (
-            asyncio.timeout(TOKENIZE_LIMIT_S),
-            engine.call(EngineCall(path, request, call_id=new_call_id(job.id))) as answer,
-        ):
-            status, body = answer.status, await answer.read(_MAX_ANSWER_BYTES)
-    except TimeoutError as error:
-        raise EngineFailed(f"the engine's {path} did not answer within {TOKENIZE_LIMIT_S:.0f} s") from error
+    async with engine.call(EngineCall(path, request, call_id=new_call_id(job.id))) as answer:
+        status, body = answer.status, await answer.read(_MAX_ANSWER_BYTES)
     if status != 200:
         raise NotContinuable(f"its {path} answers {status}")
     try:

@@ -20,7 +20,7 @@ from ..engines import Engine, EngineAnswer, EngineCall, EngineGone, new_call_id
 from ..metrics import WorkerMetrics
 from .answer_relay import AnswerRelay
 from .attempt import Attempt, Ending, EngineDisconnected, Release, Settle, StopReason, Yield, log_fields
-from .continuation_planner import ContinuationProbe, NotContinuable, plan_continuation, read_delivered
+from .continuation_planner import Continuations, NotContinuable, read_delivered
 
 _STREAM_REFUSALS = frozenset({400, 404, 405, 415, 422, 501})
 """Answers of engines that do not stream, or not with these options; and to requests that are wrong by themselves."""
@@ -65,7 +65,7 @@ class AttemptRunner:
         self._metrics = metrics
         self._other_worker_serves = other_worker_serves
         self._preemption = preemption
-        self._probe = ContinuationProbe(engine)
+        self._continuations = Continuations(engine)
 
     async def run(self, attempt: Attempt) -> Ending:
         """Call the engine and say how the attempt ends."""
@@ -111,7 +111,7 @@ class AttemptRunner:
             if delivered.rest is not None:
                 return self._complete(attempt, delivered.rest)
             job = replace(job, prefix=delivered.prefix)
-        attempt.may_yield = self._preemption and _may_yield(job) and await self._probe.can_continue(job)
+        attempt.may_yield = self._preemption and _may_yield(job) and await self._continuations.can_continue(job)
         if not job.stream and (attempt.may_yield or job.prefix):
             return await self._compose(attempt, job)
         return await self._continue(attempt, job) if job.prefix else await self._ask(attempt, job.body, None)
@@ -140,7 +140,7 @@ class AttemptRunner:
     async def _continue(self, attempt: Attempt, job: Job) -> Ending:
         """Answer behind the prefix of ``job``, or from the start if the engine cannot."""
         try:
-            continuation = await plan_continuation(self._engine, job)
+            continuation = await self._continuations.plan(job)
             self._relay.output_count += 1
             self._metrics.redone(job.model, "prefill").inc(continuation.said_tokens)
             if continuation.body is None:

@@ -13,7 +13,8 @@ Rules:
 * ``total`` may change at any time. Jobs above a lowered one run on, and what was offered stays reserved until a smaller
   offer takes its place: the worker claims for that at once.
 * A slot that a job gave up for an interactive one is claimed for on a turn that looks for such first: lower lanes have
-  their part of what runs by another rule then (:mod:`scheduling.preemption`).
+  their part of what runs by another rule then (:mod:`scheduling.preemption`). Until that claim is answered the slot is
+  spoken for: it is not free for another interactive job.
 * A parked worker must be able to run a job. One that no longer can (drain, engine down, another assignment, slots
   taken by another shard) claims zero jobs, which unparks it and passes a wake on.
 """
@@ -45,7 +46,8 @@ Pools = tuple[tuple[Pool, tuple[Lane, ...]], ...]
 class Claim:
     """One claim to send: the arguments of ``broker.workers.claim``. ``n`` is 0 for a worker that unparks. ``received``
     is how many jobs had been handed over when it was sent first; ``cache`` is the number of the engine's prefix
-    cache, ``slots`` how many there are in all."""
+    cache, ``slots`` how many there are in all; ``given_up``: how many of those that it asks for were given up for
+    interactive jobs."""
 
     shard: int
     seq: int
@@ -56,6 +58,7 @@ class Claim:
     received: int = 0
     cache: int = 0
     slots: int = 0
+    given_up: int = 0
 
 
 @dataclass(slots=True)
@@ -70,7 +73,7 @@ class _Shard:
     """While parked: when to claim without being woken (s)."""
     retries_at: list[float] = field(default_factory=list)
     """When jobs may come back whose attempt was spent here."""
-    yielded: int = 0
+    given_up: int = 0
     """Slots that were given up for interactive jobs, and not claimed for since."""
     reserved: int = 0
     """Slots for what a claim under way asks for, or, while parked, for jobs that may be handed over."""
@@ -103,6 +106,13 @@ class Slots:
         """Whether every slot is busy, or asked for by a claim that is under way; slots on offer are not in use."""
         asked = sum(state.reserved for state in self._shards.values() if state.parked_for is None)
         return self.busy + asked >= self.total
+
+    @property
+    def spare(self) -> int:
+        """Slots that no job has and none was stopped for: a claim under way may fill them with anything. Below 0 where
+        more are in use than there are now."""
+        given_up = (state.under_way.given_up if state.under_way else 0 for state in self._shards.values())
+        return self.total - self.busy - sum(given_up) - sum(state.given_up for state in self._shards.values())
 
     def engine_is(self, *, ready: bool) -> None:
         """The engine takes calls, or takes none any more. One that stopped begins again with an empty cache."""
@@ -180,7 +190,7 @@ class Slots:
 
     def yielded(self, shard: int) -> None:
         """The slot that a job of ``shard`` gave up is for an interactive job: the next claim looks for one first."""
-        self._shard(shard).yielded += 1
+        self._shard(shard).given_up += 1
 
     def retry_after(self, shard: int, now: float, wait_s: float) -> None:
         """An attempt on ``shard`` was spent here: the job may come back to this worker after ``wait_s``."""
@@ -241,9 +251,11 @@ class Slots:
     def _send(self, shard: int, state: _Shard, slots: int, pools: Pools) -> None:
         state.seq += 1
         state.woken = False
-        while state.yielded and lane_order(state.turn)[0] is not Lane.INTERACTIVE:
+        while state.given_up and lane_order(state.turn)[0] is not Lane.INTERACTIVE:
             state.turn += 1
-        state.yielded = 0 if slots else state.yielded
+        given_up, state.given_up = (state.given_up, 0) if slots else (0, state.given_up)
         n, offer = min(slots, MAX_CLAIM), slots if self._serves_one_shard else 0
-        state.under_way = Claim(shard, state.seq, state.turn, n, pools, offer, state.received, self.cache, self.total)
+        state.under_way = Claim(
+            shard, state.seq, state.turn, n, pools, offer, state.received, self.cache, self.total, given_up
+        )
         state.reserved = offer or n

@@ -58,7 +58,8 @@ class Scene:
             preemption=SimpleNamespace(ask=self._ask),  # type: ignore[arg-type]
         )
 
-    async def _ask(self, attempt_id: str) -> None:
+    async def _ask(self, attempt_id: str, shard: int) -> None:
+        assert shard == 0
         self.asked.append(attempt_id)
 
     async def tell(self, *leases: Lease | None) -> None:

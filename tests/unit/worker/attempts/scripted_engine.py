@@ -141,7 +141,8 @@ class RecordingBroker:
         self.released.append((reason, counted))
         return Settled.OK
 
-    async def decline_to_yield(self, lease: Lease, *, for_now: bool) -> None:
+    async def decline_to_yield(self, lease: Lease, *, for_now: bool, region: str) -> None:
+        assert region == "eu"
         self.declined.append(for_now)
 
     async def release_yielded(self, lease: Lease, reason: str, following: Job | None) -> Settled:

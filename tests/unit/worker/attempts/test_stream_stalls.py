@@ -38,8 +38,12 @@ async def silent_beside_another(
             bench.attempts._relay.output_count += 1
             bench.attempts.stop_stalled(float(second), LIMITS)
 
+    def waits_for_more() -> bool:
+        attempt = bench.attempts.running(job_lease.attempt_id)
+        return attempt is not None and attempt.stall.pieces == pieces and attempt.stall.reading
+
     async with bench.running(job_lease):
-        await eventually(lambda: bench.attempts.output_count == 1 + pieces, "it has begun")
+        await eventually(waits_for_more, "it has begun, and all that it said has left")
         try:
             yield pass_time
         finally:

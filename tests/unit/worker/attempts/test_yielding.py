@@ -14,13 +14,13 @@ import pytest
 from broker import Broker
 from openai_api.completions.whole_answer import MAX_PREFIX_BYTES
 from openai_api.sse import DONE_EVENT, encode_json
-from queue_schemas import CONTINUED, HEAD, EngineFailed, Job, Lane, Lease, Outcome
+from queue_schemas import CONTINUED, HEAD, Assignment, Job, Lane, Lease, Outcome, PoolAssignment
 from scheduling.preemption import YieldPolicy
 from tests.support.queue import MODEL
 from tests.support.waiting import eventually
 from tests.unit.worker.attempts.scripted_engine import SSE, Answer, Bench, lease, plain
-from worker.attempts.continuation_planner import RETRY_PROBE_S, ContinuationProbe
-from worker.core import Slots
+from worker.attempts.continuation_planner import Continuations
+from worker.core import Claim, Slots
 from worker.engines import EngineAnswer, EngineCall
 from worker.preemption import Preemption
 
@@ -48,7 +48,7 @@ class Engine:
         """How often it was asked for the tokens of a prompt."""
         self._engine = bench.engine
         self._call = bench.engine.call
-        self._answers = list(answers)
+        self.answers = list(answers)
         self._continues = continues
 
     @asynccontextmanager
@@ -62,7 +62,7 @@ class Engine:
             self._engine.answer = plain(200, orjson.dumps({"prompt": "".join(map(chr, request["tokens"]))}))
         else:
             self.asked.append(request)
-            self._engine.answer = self._answers.pop(0)
+            self._engine.answer = self.answers.pop(0)
         async with self._call(call) as answer:
             yield answer
 
@@ -77,7 +77,7 @@ class Scene:
         self.slots = Slots(1, busy=busy)
         self.policy = YieldPolicy(**({"share": 1.0, "min_gain_s": 0.0} | policy))
         self.preemption = Preemption(
-            cast(Broker, self.bench.broker), self.policy, self.slots, self.bench.attempts, self.bench.metrics
+            cast(Broker, self.bench.broker), self.policy, self.slots, self.bench.attempts, self.bench.metrics, "eu"
         )
 
     @property
@@ -109,21 +109,102 @@ async def test_a_line_is_asked_for_as_a_stream_and_answered_whole() -> None:
 
 
 async def test_an_engine_is_asked_once_whether_it_continues() -> None:
-    """Not for each line; and again soon if it did not answer."""
+    """Not for each line."""
     scene = Scene(*(Answer(200, SSE, [said("Once", "stop"), end(1)]) for _ in range(3)), plain(200), plain(200))
     await scene.bench.run(line(), line(), line())
     assert scene.engine.probes == 2
-    probe = ContinuationProbe(scene.bench.engine)
-    scene.bench.engine.call = _broken  # type: ignore[method-assign]
-    assert not await probe.can_continue(line().job)
-    ((_, until),) = probe._found.values()
-    assert until - asyncio.get_running_loop().time() <= RETRY_PROBE_S
 
 
-@asynccontextmanager
-async def _broken(_call: EngineCall) -> AsyncIterator[EngineAnswer]:
-    raise EngineFailed("it is away")
-    yield
+class Silent:
+    """An engine that answers chats and never says a token of a prompt; ``asked``: how often it was asked for some."""
+
+    def __init__(self, scene: Scene) -> None:
+        self.asked = 0
+        self._answers = scene.bench.engine.call
+        scene.bench.engine.call = self.call  # type: ignore[method-assign]
+
+    @asynccontextmanager
+    async def call(self, call: EngineCall) -> AsyncIterator[EngineAnswer]:
+        if call.path == "/tokenize":
+            self.asked += 1
+            await asyncio.Event().wait()
+        async with self._answers(call) as answer:
+            yield answer
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planning a continuation may take 200 ms, and other attempts wait for 50 ms."""
+    monkeypatch.setattr("worker.attempts.continuation_planner.TOKENIZE_LIMIT_S", 0.2)
+    monkeypatch.setattr("worker.attempts.continuation_planner.PROBE_WAIT_S", 0.05)
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_an_engine_that_says_no_tokens_holds_up_one_attempt_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others wait a moment for what it finds out and are asked for plainly. Until it asks again nobody waits."""
+    monkeypatch.setattr("worker.attempts.continuation_planner.RETRY_PROBE_S", 0.3)
+    scene = Scene(*(plain(200) for _ in range(8)))
+    silent = Silent(scene)
+    loop = asyncio.get_running_loop()
+    async with scene.bench.running(*(line() for _ in range(4))):
+        began = loop.time()
+        await eventually(lambda: len(scene.engine.asked) == 3, "the others are asked for", every_s=0.01)
+        assert loop.time() - began < 0.15
+        assert "stream" not in scene.engine.asked[0]
+        await eventually(lambda: len(scene.engine.asked) == 4, "so is the one that asked")
+        began = loop.time()
+        await scene.bench.run(line(), line())
+        assert loop.time() - began < 0.1
+    assert silent.asked == 1
+    await asyncio.sleep(0.3)
+    async with scene.bench.running(line(), line()):
+        await eventually(lambda: len(scene.engine.asked) == 7, "the other one is asked for", every_s=0.01)
+        assert silent.asked == 2
+
+
+async def test_an_engine_that_stays_silent_is_asked_ever_more_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice as long after each time, at most five minutes; one that answers at last is known to continue."""
+    monkeypatch.setattr("worker.attempts.continuation_planner.TOKENIZE_LIMIT_S", 0.001)
+    scene, job = Scene(), line().job
+    answering = scene.bench.engine.call
+    silent, known, pauses = Silent(scene), Continuations(scene.bench.engine), []
+    key, loop = (job.model, job.path), asyncio.get_running_loop()
+    for _ in range(8):
+        assert not await known.can_continue(job)
+        pauses.append(round(known._found[key].until - loop.time()))
+        known._found[key] = replace(known._found[key], until=loop.time())
+    assert pauses == [10, 20, 40, 80, 160, 300, 300, 300]
+    assert silent.asked == 8
+    scene.bench.engine.call = answering  # type: ignore[method-assign]
+    monkeypatch.setattr("worker.attempts.continuation_planner.TOKENIZE_LIMIT_S", 5)
+    assert await known.can_continue(job)
+    assert known._found[key].silences == 0
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_line_that_yielded_begins_anew_on_an_engine_that_says_no_tokens() -> None:
+    """Its attempt is not spent on that, and the next one is not held up."""
+    scene = Scene(*(Answer(200, SSE, [said("Twice", "stop"), end(1)]) for _ in range(2)))
+    silent = Silent(scene)
+    await scene.bench.run(line("Once", yields=0))
+    assert scene.answer["choices"][0]["message"]["content"] == "Twice"
+    began = asyncio.get_running_loop().time()
+    await scene.bench.run(line("Once", yields=0))
+    assert asyncio.get_running_loop().time() - began < 0.15
+    assert silent.asked == 1
+    assert not scene.bench.broker.released
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_stream_that_somebody_reads_goes_elsewhere_from_an_engine_that_says_no_tokens() -> None:
+    """Begun anew it would say something else than what was delivered."""
+    scene = Scene()
+    Silent(scene)
+    job_lease = lease(body=orjson.dumps(orjson.loads(BODY) | {"stream": True}), stream=True, prefix="Once")
+    await scene.bench.run(job_lease)
+    ((reason, counted),) = scene.bench.broker.released
+    assert "did not answer within" in reason
+    assert counted
 
 
 async def test_a_line_yields_with_what_it_said() -> None:
@@ -132,13 +213,13 @@ async def test_a_line_yields_with_what_it_said() -> None:
     job_lease = line()
     async with scene.bench.running(job_lease):
         await eventually(lambda: _text(scene, job_lease) == "Once upon", "it has said something")
-        await scene.preemption.ask(job_lease.attempt_id)
-        await scene.preemption.ask(job_lease.attempt_id)
+        await scene.preemption.ask(job_lease.attempt_id, 0)
+        await scene.preemption.ask(job_lease.attempt_id, 0)
     assert scene.bench.engine.left_early == 1
     assert scene.bench.broker.yields == [replace(job_lease.job, prefix="Once upon", yields=1)]
     assert not scene.bench.broker.released
     assert scene.refused("ended") == 1
-    await scene.preemption.ask(job_lease.attempt_id)
+    await scene.preemption.ask(job_lease.attempt_id, 0)
 
 
 def _text(scene: Scene, job_lease: Lease) -> str | None:
@@ -152,7 +233,7 @@ async def test_white_space_at_the_end_is_said_once_more() -> None:
     job_lease = line()
     async with scene.bench.running(job_lease):
         await eventually(lambda: _text(scene, job_lease), "it has said something")
-        await scene.preemption.ask(job_lease.attempt_id)
+        await scene.preemption.ask(job_lease.attempt_id, 0)
     assert scene.bench.broker.yields == [replace(job_lease.job, prefix="Once", yields=1)]
 
 
@@ -182,7 +263,7 @@ async def test_an_engine_that_cannot_go_on_is_not_interrupted() -> None:
     job_lease = line()
     async with scene.bench.running(job_lease):
         await eventually(lambda: scene.engine.asked, "the engine is asked")
-        await scene.preemption.ask(job_lease.attempt_id)
+        await scene.preemption.ask(job_lease.attempt_id, 0)
         gate.set()
     assert "stream" not in scene.engine.asked[0]
     assert not scene.bench.broker.yields
@@ -196,7 +277,7 @@ async def test_what_yielded_runs_anew_on_an_engine_that_cannot_go_on_and_yields_
     job_lease = line("Once")
     async with scene.bench.running(job_lease):
         await eventually(lambda: _text(scene, job_lease) == "Twice", "it has begun anew")
-        await scene.preemption.ask(job_lease.attempt_id)
+        await scene.preemption.ask(job_lease.attempt_id, 0)
         gate.set()
     assert scene.answer["choices"][0]["message"]["content"] == "Twice"
     assert not scene.bench.broker.yields
@@ -217,7 +298,7 @@ async def test_an_engine_that_answers_plainly_is_not_interrupted() -> None:
     job_lease = line()
     async with scene.bench.running(job_lease):
         await eventually(lambda: not _may_yield(scene, job_lease), "it answers plainly")
-        await scene.preemption.ask(job_lease.attempt_id)
+        await scene.preemption.ask(job_lease.attempt_id, 0)
         gate.set()
     assert not scene.bench.broker.yields
     assert scene.answer == {}
@@ -256,7 +337,7 @@ async def test_what_has_said_all_does_not_yield() -> None:
     job_lease = line()
     async with scene.bench.running(job_lease):
         await eventually(lambda: _has(scene, job_lease), "it has said all")
-        await scene.preemption.ask(job_lease.attempt_id)
+        await scene.preemption.ask(job_lease.attempt_id, 0)
         gate.set()
     assert scene.answer["choices"][0]["message"]["content"] == "Once"
     assert scene.refused("ending") == 1
@@ -275,76 +356,177 @@ async def test_a_long_text_does_not_travel() -> None:
     job_lease = line()
     async with scene.bench.running(job_lease):
         await eventually(lambda: _text(scene, job_lease), "it has said much")
-        await scene.preemption.ask(job_lease.attempt_id)
+        await scene.preemption.ask(job_lease.attempt_id, 0)
         assert scene.refused("too_long") == 1
         scene.bench.attempts.abort(job_lease.job.id, "enough")
         gate.set()
 
 
-async def test_one_that_is_only_starting_is_asked_again() -> None:
-    """Those that began last are asked first: while their engine is asked whether it continues, they decline for now."""
-    scene = Scene(Answer(200, SSE, [said("Once", "stop"), end(1)]))
-    known, probed = scene.bench.engine.call, asyncio.Event()
+async def test_one_that_is_only_starting_yields() -> None:
+    """While its engine is asked whether it continues, nothing was said that could be lost."""
+    scene = Scene()
+    never = asyncio.Event()
 
     @asynccontextmanager
-    async def slow(call: EngineCall) -> AsyncIterator[EngineAnswer]:
-        await probed.wait()
-        async with known(call) as answer:
-            yield answer
+    async def hangs(_call: EngineCall) -> AsyncIterator[EngineAnswer]:
+        await never.wait()
+        yield plain(200)
 
-    scene.bench.engine.call = slow  # type: ignore[method-assign]
+    scene.bench.engine.call = hangs  # type: ignore[method-assign]
+    first, second = line("Once"), line()
+    async with scene.bench.running(first, second):
+        await scene.preemption.ask(first.attempt_id, 0)  # before its first step
+        await asyncio.sleep(0)
+        await scene.preemption.ask(second.attempt_id, 0)
+    assert scene.bench.broker.yields == [replace(one.job, yields=1) for one in (first, second)]
+    assert not scene.bench.broker.declined
+
+
+async def test_the_last_that_can_yields_instead_of_one_that_cannot() -> None:
+    """The interactive job is helped all the same; the queue hears which of them runs on."""
+    scene = Scene(Answer(200, SSE, [said("Once"), asyncio.Event()]), busy=3)
+    scene.slots.total = 3
+    able, unable, suspect = line(), line(), replace(line(), suspect=True)
+    async with scene.bench.running(able):
+        await eventually(lambda: _text(scene, able) == "Once", "it has said something")
+        async with asyncio.TaskGroup() as group:
+            scene.engine.answers += [Answer(200, SSE, [gate := asyncio.Event(), end(1)]) for _ in range(2)]
+            scene.bench.attempts.start([unable, suspect], group)
+            await eventually(lambda: len(scene.engine.asked) == 3, "all run")
+            refusing = scene.bench.attempts.running(unable.attempt_id)
+            assert refusing is not None
+            refusing.may_yield = False
+            await scene.preemption.ask(unable.attempt_id, 0)
+            assert scene.refused("not_continuable") == 1
+            assert scene.bench.broker.declined == [False]
+            scene.bench.attempts.abort(unable.job.id, "enough")
+            scene.bench.attempts.abort(suspect.job.id, "enough")
+            gate.set()
+    assert scene.bench.broker.yields == [replace(able.job, prefix="Once", yields=1)]
+
+
+def claim(given_up: int = 0) -> Claim:
+    """A claim that asks for slots of which so many were given up for interactive jobs."""
+    return Claim(0, 1, 0, 1, (), given_up=given_up)
+
+
+@pytest.mark.parametrize("brought", [True, False])
+async def test_a_claim_under_way_is_waited_for(brought: bool) -> None:
+    """If it brings the interactive job, nothing yields; if it brings another line, that job still waits."""
+    scene = Scene(Answer(200, SSE, [gate := asyncio.Event(), said("Once", "stop"), end(1)]), busy=0)
     job_lease = line()
     async with scene.bench.running(job_lease):
-        await asyncio.sleep(0)
-        await scene.preemption.ask(job_lease.attempt_id)
-        probed.set()
-    assert scene.bench.broker.declined == [True]
-    assert scene.refused("starting") == 1
-
-
-async def test_nothing_yields_for_a_job_that_has_a_slot() -> None:
-    """A claim that was under way when the queue asked has brought the interactive job."""
-    scene = Scene(Answer(200, SSE, [gate := asyncio.Event(), said("Once", "stop"), end(1)]), plain(200), busy=0)
-    job_lease = line()
-    async with scene.bench.running(job_lease), asyncio.TaskGroup() as group:
         await eventually(lambda: scene.engine.asked, "it runs")
-        asked = group.create_task(scene.preemption.ask(job_lease.attempt_id))
+        asked = asyncio.create_task(scene.preemption.ask(job_lease.attempt_id, 0))
         await asyncio.sleep(0)
+        assert not scene.bench.broker.yields
         scene.slots.busy = 1
-        scene.bench.attempts.start([lease()], group)
+        scene.preemption.claimed(claim(), [lease() if brought else line()])
         await asked
         gate.set()
-    assert not scene.bench.broker.yields
-    assert scene.refused("slot_free") == 1
+    assert len(scene.bench.broker.yields) == (not brought)
+    assert scene.refused("slot_free") == brought
 
 
-async def test_it_yields_if_the_claim_under_way_brought_another_line() -> None:
-    """Then the interactive job still waits."""
-    scene = Scene(Answer(200, SSE, [asyncio.Event()]), busy=0)
+@pytest.mark.parametrize("given_up", [0, 1])
+async def test_an_attempt_may_be_asked_before_its_claim_is_answered(given_up: int) -> None:
+    """The last to begin is asked first: its claim may be answered after the request to yield."""
+    scene = Scene(busy=0)
     job_lease = line()
-    async with scene.bench.running(job_lease):
-        await eventually(lambda: scene.engine.asked, "it runs")
-        asked = asyncio.create_task(scene.preemption.ask(job_lease.attempt_id))
+    scene.slots.ready = True
+    scene.slots.assign(Assignment(term=1, version=1, pools=[PoolAssignment(pool=MODEL, shard=0)]))
+    scene.slots._shard(0).given_up = given_up
+    assert scene.slots.next_claim(0, 0.0)
+    async with scene.bench.running(), asyncio.TaskGroup() as group:
+        asked = group.create_task(scene.preemption.ask(job_lease.attempt_id, 0))
         await asyncio.sleep(0)
         scene.slots.busy = 1
+        scene.preemption.claimed(claim(), [job_lease])
+        scene.bench.attempts.start([job_lease], group)
         await asked
-    assert len(scene.bench.broker.yields) == 1
+    assert scene.bench.broker.yields == [replace(job_lease.job, yields=1)]
 
 
-async def test_a_flood_takes_no_more_than_the_share() -> None:
-    """Of 8 slots, 2 in a second; a slot that is due soon is waited for."""
+@pytest.mark.parametrize(
+    ("answered", "brought", "yields"),
+    [
+        (claim(given_up=1), [lease()], 2),
+        (claim(given_up=1), [lease(), lease()], 1),
+        (claim(), [lease(model="other"), line()], 2),
+        (claim(), [lease(), line()], 1),
+        (claim(), [lease(), lease()], 0),
+    ],
+    ids=["for one that was stopped", "and one more", "of another model", "one of two", "both"],
+)
+async def test_one_job_is_not_taken_for_another(answered: Claim, brought: list[Lease], yields: int) -> None:
+    """Two requests to yield wait for what a claim brings: each interactive job of their model that it brings, beyond
+    those that have a slot which was given up, is what one of them is about."""
+    scene = Scene(*(Answer(200, SSE, [asyncio.Event()]) for _ in range(2)), busy=2)
+    scene.slots.total = 4
+    leases = [line(), line()]
+    async with scene.bench.running(*leases), asyncio.TaskGroup() as group:
+        await eventually(lambda: len(scene.engine.asked) == 2, "both run")
+        asked = [group.create_task(scene.preemption.ask(one.attempt_id, 0)) for one in leases]
+        await asyncio.sleep(0)
+        scene.slots.busy = 4
+        scene.preemption.claimed(answered, brought)
+        await asyncio.gather(*asked)
+        scene.bench.attempts.hand_back()
+    assert len(scene.bench.broker.yields) == yields
+    assert scene.refused("slot_free") == 2 - yields
+
+
+async def test_a_slot_that_was_given_up_is_not_free() -> None:
+    """A second interactive job that comes before the first has its slot takes one of its own, at once."""
+    scene = Scene(*(Answer(200, SSE, [asyncio.Event()]) for _ in range(2)), busy=2)
+    scene.slots.total = 2
+    leases = [line() for _ in range(2)]
+    async with scene.bench.running(*leases):
+        await eventually(lambda: len(scene.engine.asked) == 2, "both run")
+        for one in leases:
+            await scene.preemption.ask(one.attempt_id, 0)
+            scene.slots.freed()
+            scene.slots.yielded(0)
+    assert len(scene.bench.broker.yields) == 2
+    assert scene.slots.spare == 0
+
+
+async def test_a_flood_takes_no_more_than_the_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 8 slots, 2 in a second; the others are declined once they have waited for their turn."""
+    monkeypatch.setattr("worker.preemption.SHARE_LIMIT_S", 0.1)
     scene = Scene(*(Answer(200, SSE, [asyncio.Event()]) for _ in range(8)), share=0.25, busy=8)
     scene.slots.total = 8
     leases = [line() for _ in range(8)]
     async with scene.bench.running(*leases):
         await eventually(lambda: len(scene.engine.asked) == 8, "all run")
-        for one in leases:
-            await scene.preemption.ask(one.attempt_id)
-        await eventually(lambda: len(scene.bench.broker.yields) == 2, "some yield")
+        await asyncio.gather(*(scene.preemption.ask(one.attempt_id, 0) for one in leases))
+        assert len(scene.bench.broker.yields) == 2
         assert scene.refused("share") == 6
         assert scene.bench.broker.declined == [True] * 6
         scene.bench.attempts.hand_back()
     assert len(scene.bench.broker.yields) == 2
+
+
+async def test_beyond_the_share_it_yields_as_soon_as_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless its interactive job has a slot by then."""
+    monkeypatch.setattr("scheduling.preemption._WINDOW_S", 0.2)
+    scene = Scene(*(Answer(200, SSE, [asyncio.Event()]) for _ in range(3)), share=0.0, busy=3)
+    scene.slots.total = 3
+    first, second, third = (line() for _ in range(3))
+    async with scene.bench.running(first, second, third), asyncio.TaskGroup() as group:
+        await eventually(lambda: len(scene.engine.asked) == 3, "all run")
+        await scene.preemption.ask(first.attempt_id, 0)
+        served = group.create_task(scene.preemption.ask(second.attempt_id, 0))
+        await asyncio.sleep(0)
+        group.create_task(scene.preemption.ask(third.attempt_id, 0))
+        await asyncio.sleep(0)
+        scene.preemption.claimed(claim(), [lease()])
+        await served
+        assert scene.refused("slot_free") == 1
+        assert len(scene.bench.broker.yields) == 1
+        await eventually(lambda: len(scene.bench.broker.yields) == 2, "the next one may yield")
+        scene.bench.attempts.hand_back()
+    assert scene.bench.broker.yields == [replace(one.job, yields=1) for one in (first, third)]
 
 
 async def test_a_report_that_is_lost_is_sent_again() -> None:
@@ -354,7 +536,7 @@ async def test_a_report_that_is_lost_is_sent_again() -> None:
     job_lease = line()
     async with scene.bench.running(job_lease):
         await eventually(lambda: _text(scene, job_lease) == "Once", "it has said something")
-        await scene.preemption.ask(job_lease.attempt_id)
+        await scene.preemption.ask(job_lease.attempt_id, 0)
     assert len(scene.bench.broker.yields) == 1
 
 
@@ -365,7 +547,7 @@ async def test_a_job_that_is_cancelled_while_it_yields_is_dropped() -> None:
     async with scene.bench.running(job_lease):
         await eventually(lambda: _text(scene, job_lease) == "Once", "it has said something")
         scene.bench.attempts.abort(job_lease.job.id, "cancelled")
-        await scene.preemption.ask(job_lease.attempt_id)
+        await scene.preemption.ask(job_lease.attempt_id, 0)
     assert not scene.bench.broker.yields
     assert not scene.bench.broker.settled
 
@@ -382,7 +564,7 @@ async def test_a_persisted_stream_goes_on_behind_its_output() -> None:
     broker = scene.bench.broker
     async with scene.bench.running(job_lease):
         await eventually(lambda: scene.bench.broker.appended, "it has said something")
-        await scene.preemption.ask(job_lease.attempt_id)
+        await scene.preemption.ask(job_lease.attempt_id, 0)
     assert broker.yields == [None]
     assert b" upon" in b"".join(frame.data for frame in broker.appended)
     broker.kept = [frame for frame in broker.appended if frame.data]
