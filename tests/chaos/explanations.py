@@ -25,6 +25,8 @@ DEADLINE_SLACK_S = 3.0
 _ROUTER_KILLS = (Kind.KILL_ROUTER, Kind.KILL_PROCESS, Kind.STRIKE_ROUTER)
 _ROUTER_APART = (Kind.CUT_ROUTER, Kind.SILENT_ROUTER, *_ROUTER_KILLS)
 _QUEUE_AWAY = (Kind.KILL_REDIS, Kind.PAUSE_REDIS, Kind.FULL_DISK)
+_LIST_UNREAD = (Kind.SLICED_NETWORK, Kind.SLOW_NETWORK)
+"""Faults under which a Router may fail to read the list of models, though it can enqueue."""
 _WORKER_LOSSES = (
     Kind.KILL_WORKER, Kind.KILL_ENGINE, Kind.PAUSE_WORKER, Kind.PAUSE_ENGINE, Kind.DRAIN_WORKER, Kind.CUT_WORKER,
     Kind.SILENT_WORKER, Kind.STRIKE_WORKER, Kind.POISON, Kind.SLICED_NETWORK, Kind.SLOW_NETWORK, Kind.PAUSE_REDIS,
@@ -90,14 +92,16 @@ def _own_nature(request: Request) -> str | None:
 
 
 def _refusal(request: Request, spans: Sequence[Span]) -> str | None:
-    """A Router refuses at once while it has no queue."""
+    """A Router refuses at once while it has no queue; a name that it does not know also while it cannot read the list
+    of models, as after a pause of its own: it may have been away for longer than its call had."""
     if request.code not in ("broker_unavailable", "broker_full") or request.text:
         return None
-    for span in spans:
-        if not span.meets(request.ended_s, request.ended_s, RELINK_S):
-            continue
-        if span.kind in _QUEUE_AWAY or (span.kind in _ROUTER_APART and span.target == request.router):
-            return "refused while the queue was away"
+    near = [span for span in spans if span.meets(request.ended_s, request.ended_s, RELINK_S)]
+    own = [span for span in near if span.target == request.router]
+    if _any(near, _QUEUE_AWAY) or _any(own, _ROUTER_APART):
+        return "refused while the queue was away"
+    if request.kind == MALFORMED and (_any(near, _LIST_UNREAD) or _any(own, (Kind.PAUSE_ROUTER,))):
+        return "an unknown model, while the list of models could not be read"
     return None
 
 

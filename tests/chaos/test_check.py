@@ -101,6 +101,7 @@ def test_each_error_is_found(changes: dict[str, Any], promise: str) -> None:
 
 CUT: dict[str, Any] = {"end": "cut", "text": TEXT[:8]}
 REFUSED: dict[str, Any] = {"end": "error", "status": 503, "code": "broker_unavailable", "text": ""}
+UNKNOWN_MODEL: dict[str, Any] = REFUSED | {"kind": "malformed"}
 BROKEN: dict[str, Any] = {"end": "error", "code": "stream_broken", "text": TEXT[:8], "on_loss": "fail"}
 ENGINE_FAILED: dict[str, Any] = {"kind": "engine error", "end": "error", "status": 500, "code": "", "text": ""}
 GIVEN_UP: dict[str, Any] = {"end": "error", "status": 502, "code": "attempts_exhausted", "text": ""}
@@ -113,6 +114,8 @@ GIVEN_UP: dict[str, Any] = {"end": "error", "status": 502, "code": "attempts_exh
         (CUT, Kind.STRIKE_ROUTER, "its router was killed"),
         (REFUSED, Kind.KILL_REDIS, "refused while the queue was away"),
         (REFUSED | {"code": "broker_full"}, Kind.FULL_DISK, "refused while the queue was away"),
+        (UNKNOWN_MODEL, Kind.PAUSE_ROUTER, "an unknown model, while the list of models could not be read"),
+        (UNKNOWN_MODEL, Kind.SLICED_NETWORK, "an unknown model, while the list of models could not be read"),
         (BROKEN, Kind.KILL_WORKER, "its worker was lost, and it asked to fail then"),
         (GIVEN_UP | {"kind": "poison"}, Kind.POISON, "poison, given up"),
         (REFUSED | {"code": "deadline_exceeded", "deadline_s": 0.3}, Kind.POISON, "its own deadline"),
@@ -136,6 +139,10 @@ def test_what_a_fault_explains_is_no_violation(changes: dict[str, Any], fault: K
         (REFUSED, (Kind.KILL_REDIS, 1.0, 10.9 - RELINK_S), 0),
         (REFUSED, (Kind.CUT_ROUTER, 9.0, 10.5), 1),
         (REFUSED, (Kind.KILL_WORKER, 9.0, 10.5), 0),
+        (REFUSED, (Kind.PAUSE_ROUTER, 9.0, 10.5), 0),
+        (REFUSED, (Kind.SLICED_NETWORK, 9.0, 10.5), 0),
+        (UNKNOWN_MODEL, (Kind.PAUSE_ROUTER, 9.0, 10.5), 1),
+        (UNKNOWN_MODEL, (Kind.PAUSE_ROUTER, 1.0, 10.9 - RELINK_S), 0),
         (REFUSED | {"text": TEXT[:8]}, (Kind.KILL_REDIS, 9.0, 10.5), 0),
         (BROKEN | {"on_loss": "continue"}, (Kind.KILL_WORKER, 9.0, 10.5), 0),
         (BROKEN, (Kind.KILL_MANAGER, 9.0, 10.5), 0),
