@@ -24,6 +24,7 @@ _LISTS = frozenset(
         "stop_sequences", "stop_token_ids", "bad_words", "logit_bias",
     }
 )  # fmt: skip
+_CHECKED = _CHOICES | _LOGPROBS | _TOKENS | _PROMPTS | _LISTS | {"messages", "sampling_params"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,8 @@ def check_request(request: Mapping[str, Any], path: str, limits: RequestLimits) 
 def _check_amounts(request: Mapping[str, Any], path: str, limits: RequestLimits) -> None:
     prompts, choices = 1, 1.0
     for name, value in request.items():
+        if name not in _CHECKED:
+            continue
         if name in _CHOICES:
             choices = max(choices, _bounded(name, value, limits.choices, "max_choices"))
         elif name in _LOGPROBS:

@@ -20,7 +20,13 @@ MAX_DEPTH = 16
 
 def encode(value: Any) -> bytes:
     """``value`` (None, bool, int, float, str, bytes, list, tuple, dict of str) as msgpack."""
-    packed: bytes = msgpack.packb(value, use_bin_type=True, buf_size=4096)
+    try:
+        packer = _packers.pop()
+    except IndexError:
+        packer = msgpack.Packer(use_bin_type=True, buf_size=_BUFFER_BYTES)
+    packed: bytes = packer.pack(value)
+    if len(packed) <= _BUFFER_BYTES:  # a larger buffer is not kept
+        _packers.append(packer)
     return packed
 
 
@@ -38,22 +44,36 @@ def decode(data: bytes) -> Any:
 
 def decode_all(data: bytes) -> list[Any]:
     """The values in ``data``, which stand one behind the other."""
-    if len(data) > MAX_MESSAGE_BYTES:
-        raise BadMessage(f"message of {len(data)} bytes; the limit is {MAX_MESSAGE_BYTES}")
-    unpacker = msgpack.Unpacker(**_limits(len(data)), max_buffer_size=max(len(data), 1))
+    size = len(data)
+    if size > MAX_MESSAGE_BYTES:
+        raise BadMessage(f"message of {size} bytes; the limit is {MAX_MESSAGE_BYTES}")
+    unpacker = _unpacker(size)
+    start = end = unpacker.tell()
     unpacker.feed(data)
     values = []
-    end = 0
     try:
         for value in unpacker:
-            _check_depth(value)
+            if type(value) is not list or not _NESTING.isdisjoint(map(type, value)):  # a frame is a list without any
+                _check_depth(value)
             values.append(value)
             end = unpacker.tell()
     except (ValueError, msgpack.UnpackException, RecursionError) as error:
         raise BadMessage(f"not a valid message: {error}") from error
-    if end != len(data):
+    if end - start != size:
         raise BadMessage("the message is cut short")
+    if size <= MAX_ELEMENTS:  # nothing of this message is left in it
+        _unpackers.append(unpacker)
     return values
+
+
+def _unpacker(size: int) -> Any:
+    """An unpacker for a message of ``size`` bytes."""
+    if size > MAX_ELEMENTS:
+        return msgpack.Unpacker(**_LIMITS_OF_LARGE, max_buffer_size=size)
+    try:
+        return _unpackers.pop()
+    except IndexError:
+        return msgpack.Unpacker(**_LIMITS, max_buffer_size=MAX_ELEMENTS)
 
 
 def _limits(size: int) -> dict[str, Any]:
@@ -70,6 +90,11 @@ _LIMITS_OF_LARGE = _LIMITS | {"max_array_len": MAX_ELEMENTS, "max_map_len": MAX_
 
 
 _NESTING = frozenset({list, dict})
+_BUFFER_BYTES = 4096
+# To make either costs several times as much as to use it: an unpacker is 43 kB, which are cleared. Each is out of its
+# list while it works, so no two threads use it; one that met an error is not put back.
+_packers: list[Any] = []
+_unpackers: list[Any] = []
 
 
 def _check_depth(value: Any, depth: int = 0) -> None:

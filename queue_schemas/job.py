@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import field
+from functools import lru_cache
 from typing import Any, Literal
 
 from . import codec
@@ -78,42 +79,41 @@ class Job:
     def pack(self) -> bytes:
         """The envelope as msgpack: a map with ``v`` first. An empty region or prefix, a weight of 1 and no yields are
         omitted."""
-        regional = {"region": self.region, "remote_after_ms": self.remote_after_ms} if self.region else {}
-        continued = {"prefix": self.prefix} if self.prefix else {}
-        optional: dict[str, Any] = {} if self.headers is None else {"headers": dict(self.headers)}
+        fields: dict[str, Any] = {
+            "v": ENVELOPE_VERSION,
+            "id": self.id,
+            "tenant": self.tenant,
+            "model": self.model,
+            "lane": self.lane.value,
+            "band": self.band,
+            "path": self.path,
+            "body": self.body,
+            "content_type": self.content_type,
+            "stream": self.stream,
+            "persisted": self.persisted,
+            "ttl_ms": self.ttl_ms,
+            "max_attempts": self.max_attempts,
+            "on_loss": self.on_loss,
+            "cost_estimate": self.cost_estimate,
+            "affinity": self.affinity,
+            "reply_to": self.reply_to,
+            "traceparent": self.traceparent,
+            "idempotency_key": self.idempotency_key,
+            "request_id": self.request_id,
+        }
+        if self.region:
+            fields["region"], fields["remote_after_ms"] = self.region, self.remote_after_ms
+        if self.prefix:
+            fields["prefix"] = self.prefix
+        if self.headers is not None:
+            fields["headers"] = dict(self.headers)
         if self.weight != 1.0:
-            optional["weight"] = self.weight
+            fields["weight"] = self.weight
         if self.deadline_from:
-            optional["deadline_from"] = self.deadline_from
+            fields["deadline_from"] = self.deadline_from
         if self.yields:
-            optional["yields"] = self.yields
-        return codec.encode(
-            {
-                "v": ENVELOPE_VERSION,
-                "id": self.id,
-                "tenant": self.tenant,
-                "model": self.model,
-                "lane": str(self.lane),
-                "band": self.band,
-                "path": self.path,
-                "body": self.body,
-                "content_type": self.content_type,
-                "stream": self.stream,
-                "persisted": self.persisted,
-                "ttl_ms": self.ttl_ms,
-                "max_attempts": self.max_attempts,
-                "on_loss": self.on_loss,
-                "cost_estimate": self.cost_estimate,
-                "affinity": self.affinity,
-                "reply_to": self.reply_to,
-                "traceparent": self.traceparent,
-                "idempotency_key": self.idempotency_key,
-                "request_id": self.request_id,
-            }
-            | regional
-            | continued
-            | optional
-        )
+            fields["yields"] = self.yields
+        return codec.encode(fields)
 
     @classmethod
     def unpack(cls, data: bytes) -> Job:
@@ -127,21 +127,46 @@ class Job:
                 f"envelope version {repr(version)[:60]}; this build reads version {ENVELOPE_VERSION}: "
                 "upgrade it, or drain the queue first"
             )
-        known: dict[str, Any] = {}
-        for name, value in fields.items():
-            field_of = _FIELDS.get(name)
-            if field_of is None:
-                continue
-            expected, check = field_of
-            if type(value) is not expected:
-                raise BadMessage(f"envelope field {name} is {type(value).__name__}, not {expected.__name__}")
-            known[name] = value if check is None else check(value)
-        if missing := _REQUIRED - known.keys():
-            raise BadMessage(f"the envelope lacks {', '.join(sorted(missing))}")
-        shard_of_job(known["id"])
-        check_name(known["model"], "model")
-        check_name(known["tenant"], "tenant")
-        return cls(**known)
+        if not _NAMES.issuperset(fields):
+            fields = {name: value for name, value in fields.items() if name in _NAMES}
+        del fields["v"]
+        shape = _shape_of(tuple(fields))
+        if tuple(map(type, fields.values())) != shape.types:
+            raise _wrong_type(fields)
+        for name, check in shape.checks:
+            fields[name] = check(fields[name])
+        if shape.missing:
+            raise BadMessage(f"the envelope lacks {', '.join(sorted(shape.missing))}")
+        shard_of_job(fields["id"])
+        check_name(fields["model"], "model")
+        check_name(fields["tenant"], "tenant")
+        return cls(**fields)
+
+
+@record
+class _Shape:
+    """What is checked of an envelope with certain fields: their types, in order; what else of which; who is missing."""
+
+    types: tuple[type, ...]
+    checks: tuple[tuple[str, Callable[[Any], Any]], ...]
+    missing: frozenset[str]
+
+
+@lru_cache(64)
+def _shape_of(names: tuple[str, ...]) -> _Shape:
+    """The shape of an envelope with the fields of ``names``, all of them known: a build writes few sets of them."""
+    return _Shape(
+        tuple(_FIELDS[name][0] for name in names),
+        tuple((name, check) for name in names if (check := _FIELDS[name][1]) is not None),
+        frozenset(_REQUIRED.difference(names)),
+    )
+
+
+def _wrong_type(fields: dict[str, Any]) -> BadMessage:
+    name, value, expected = next(
+        (name, value, _FIELDS[name][0]) for name, value in fields.items() if type(value) is not _FIELDS[name][0]
+    )
+    return BadMessage(f"envelope field {name} is {type(value).__name__}, not {expected.__name__}")
 
 
 def _headers(value: dict[Any, Any]) -> dict[str, str]:
@@ -219,3 +244,4 @@ _FIELDS: dict[str, tuple[type, Callable[[Any], Any] | None]] = {
     "yields": (int, _yields),
 }
 """What an envelope may hold: each field's type, and what else is checked of it."""
+_NAMES = frozenset({"v", *_FIELDS})

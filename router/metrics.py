@@ -1,50 +1,15 @@
-"""The Router's Prometheus metrics. Counting per token is a list index; a scrape turns it into a metric."""
+"""The Router's Prometheus metrics."""
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 
-from prometheus_client import Counter
-from prometheus_client.core import HistogramMetricFamily, Metric
-from prometheus_client.registry import Collector
-
-from telemetry import GAP_BUCKETS_S, WAIT_BUCKETS_S, MetricsRegistry
+from telemetry import GAP_BUCKETS_S, MetricsRegistry
+from telemetry.http.request_context import requests_counted
 
 OPEN_REQUESTS = "inferq_open_requests"
 LOWEST_COUNTS = frozenset({"inferq_manager_reachable"})
 """Gauges of which, of several processes, the lowest value counts for all."""
-
-
-class ModelHistogram(Collector):
-    """A histogram by model, for one thread. Only models of the directory are observed, so their number is limited."""
-
-    def __init__(self, name: str, text: str, buckets: Sequence[float]) -> None:
-        self._name = name
-        self._text = text
-        self._bounds = list(buckets)
-        self._counts: dict[str, list[int]] = {}
-        self._sums: dict[str, float] = {}
-
-    def observe(self, model: str, seconds: float) -> None:
-        counts = self._counts.get(model)
-        if counts is None:
-            counts = self._counts[model] = [0] * (len(self._bounds) + 1)
-            self._sums[model] = 0.0
-        counts[bisect_left(self._bounds, seconds)] += 1
-        self._sums[model] += seconds
-
-    def collect(self) -> Iterable[Metric]:
-        family = HistogramMetricFamily(self._name, self._text, labels=["model"])
-        bounds = [*map(str, self._bounds), "+Inf"]
-        for model, counts in self._counts.items():
-            total = 0
-            buckets = []
-            for bound, count in zip(bounds, counts, strict=True):
-                total += count
-                buckets.append((bound, float(total)))
-            family.add_metric([model], buckets, self._sums[model])
-        return [family]
 
 
 class RouterMetrics:
@@ -52,16 +17,14 @@ class RouterMetrics:
 
     def __init__(self) -> None:
         self.registry = MetricsRegistry("router")
-        self.ttft = ModelHistogram(
-            "inferq_ttft_seconds", "From the request to the first byte of the response", WAIT_BUCKETS_S
+        # Only models of the directory are observed, so their number is limited.
+        self.ttft = self.registry.distribution(
+            "inferq_ttft_seconds", "From the request to the first byte of the response", ("model",)
         )
-        self.itl = ModelHistogram("inferq_itl_seconds", "Between pieces of a streamed response", GAP_BUCKETS_S)
-        self.registry.collectors.register(self.ttft)
-        self.registry.collectors.register(self.itl)
-        self._requests = self.registry.counter(
-            "inferq_requests_total", "Answers by path and status", ("role", "path", "code")
+        self.itl = self.registry.distribution(
+            "inferq_itl_seconds", "Between pieces of a streamed response", ("model",), buckets=GAP_BUCKETS_S
         )
-        self._responses: dict[tuple[str, int], Counter] = {}
+        self._requests = requests_counted(self.registry)
         self.dropped_frames = self.registry.counter(
             "inferq_dropped_frames_total", "Frames and markers dropped because their request is over"
         )
@@ -105,10 +68,7 @@ class RouterMetrics:
 
     def answered(self, path: str, status: int) -> None:
         """Count a response to a request on ``path``, which is one of the allowlist."""
-        counter = self._responses.get((path, status))
-        if counter is None:
-            counter = self._responses[(path, status)] = self._requests.labels(self.registry.role, path, str(status))
-        counter.inc()
+        self._requests.add((self.registry.role, path, str(status)))
 
     def watch(
         self,

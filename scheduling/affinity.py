@@ -44,6 +44,9 @@ _PROMPT_FIELDS = ("tools", "system", "instructions", "messages", "prompt", "inpu
 """Where a prompt stands in a body, in the order in which chat templates put it before the model."""
 
 
+_ABSENT: tuple[Any, ...] = (None, [])
+
+
 def _sampled_chunks() -> tuple[int, ...]:
     """The chunks, counted from 1, at whose end a digest is taken: all at first, then ever farther apart."""
     chunks: list[int] = []
@@ -66,14 +69,12 @@ def prefix_digests(tenant: str, model: str, request: Mapping[str, Any], session:
     (https://docs.vllm.ai/en/latest/design/prefix_caching.html): equal digests mean equal prefixes of one tenant. What
     follows a prefix, sampling parameters, white space and the order of the body's fields do not change it.
     """
-    seed = hashlib.blake2b(f"{len(tenant)} {tenant} {model}".encode(), digest_size=_DIGEST_BYTES)
     found: list[bytes] = []
-    parts = (request.get(name) for name in _PROMPT_FIELDS)
     try:
-        text = b"".join(orjson.dumps(part) for part in parts if part is not None and part != [])
+        text = b"".join([orjson.dumps(part) for name in _PROMPT_FIELDS if (part := request.get(name)) not in _ABSENT])
     except orjson.JSONEncodeError:
         text = b""  # orjson writes less deeply nested values than it reads
-    chain, done = seed.copy(), 0
+    chain, done = _seed(tenant, model).copy(), 0
     for chunk in SAMPLED_CHUNKS:
         end = chunk * CHUNK_BYTES
         if end > len(text):
@@ -83,10 +84,17 @@ def prefix_digests(tenant: str, model: str, request: Mapping[str, Any], session:
         done = end
     key = session or request.get("prompt_cache_key")
     if key and type(key) is str:
+        seed = _seed(tenant, model).copy()
         seed.update(b"\xff" + key.encode("utf-8", "surrogatepass"))  # no prompt begins with this byte
         found.append(seed.digest())
     found.reverse()
     return urlsafe_b64encode(b"".join(found)).decode()
+
+
+@lru_cache(1024)
+def _seed(tenant: str, model: str) -> hashlib.blake2b:
+    """What the digests of a tenant and a model begin with: to be copied."""
+    return hashlib.blake2b(f"{len(tenant)} {tenant} {model}".encode(), digest_size=_DIGEST_BYTES)
 
 
 @lru_cache(4096)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
-from prometheus_client import Counter, Histogram
-
 from queue_schemas import Lease, Settled
 from scheduling.prediction import is_off_by
 from telemetry import MetricsRegistry
@@ -20,25 +16,35 @@ class WorkerMetrics:
 
     def __init__(self, registry: MetricsRegistry) -> None:
         self.registry = registry
-        wait = registry.histogram("inferq_queue_wait_seconds", "From the enqueue to the claim", ("model", "lane"))
-        attempts = registry.counter("inferq_attempts_total", "Attempts by how they ended", ("model", "outcome"))
-        tokens = registry.counter(
+        self._waits = registry.distribution(
+            "inferq_queue_wait_seconds", "From the enqueue to the claim", ("model", "lane")
+        )
+        self._prediction_errors = registry.distribution(
+            "inferq_predicted_wait_error_ratio",
+            "By what part of the real wait of a job that had to wait its prediction was wrong",
+            ("model", "lane"),
+            buckets=_ERROR_BUCKETS,
+        )
+        self._attempts = registry.counts("inferq_attempts_total", "Attempts by how they ended", ("model", "outcome"))
+        self._tokens = registry.counts(
             "inferq_tokens_total",
             "Tokens by the engine's usage figures, cached ones also among prompt; of streams without them, events",
             ("model", "kind"),
         )
-        settled = registry.counter("inferq_settled_total", "The queue's answers to settled attempts", ("answer",))
-        remote = registry.counter(
+        self._settled = registry.counts("inferq_settled_total", "The queue's answers to settled attempts", ("answer",))
+        for answer in Settled:
+            self._settled.add((answer.value,), 0)
+        self._remote = registry.counts(
             "inferq_jobs_from_remote_regions_total",
             "Claimed jobs whose Router is in another region",
             ("model", "region"),
         )
-        refused = registry.counter(
+        self._yields_refused = registry.counts(
             "inferq_yields_refused_total",
             "Attempts that were asked to yield and run on, by the reason",
             ("model", "reason"),
         )
-        redone = registry.counter(
+        self._redone = registry.counts(
             "inferq_tokens_redone_total",
             "Tokens computed once more to go on behind them: prefill, as part of a prompt; decode, said anew",
             ("model", "how"),
@@ -58,57 +64,39 @@ class WorkerMetrics:
             "inferq_heartbeats_failed_total", "Heartbeats that no Manager answered"
         )
 
-        error = registry.histogram(
-            "inferq_predicted_wait_error_ratio",
-            "By what part of the real wait of a job that had to wait its prediction was wrong",
-            ("model", "lane"),
-            buckets=_ERROR_BUCKETS,
-        )
-
-        # Children are looked up once: labels() costs more than the count itself.
-        def wait_of(model: str, lane: str) -> Histogram:
-            return wait.labels(model, lane)
-
-        def error_of(model: str, lane: str) -> Histogram:
-            return error.labels(model, lane)
-
-        def attempts_of(model: str, outcome: str) -> Counter:
-            return attempts.labels(model, outcome)
-
-        def tokens_of(model: str, kind: str) -> Counter:
-            return tokens.labels(model, kind)
-
-        def remote_of(model: str, region: str) -> Counter:
-            return remote.labels(model, region)
-
-        def refused_of(model: str, reason: str) -> Counter:
-            return refused.labels(model, reason)
-
-        def redone_of(model: str, how: str) -> Counter:
-            return redone.labels(model, how)
-
-        self.yields_refused = cache(refused_of)
-        self.redone = cache(redone_of)
-        self.wait = cache(wait_of)
-        self._prediction_error = cache(error_of)
-        self.remote = cache(remote_of)
-        self.attempts = cache(attempts_of)
-        self._tokens = cache(tokens_of)
-        self._settled = {answer: settled.labels(str(answer)) for answer in Settled}
+    def ended(self, model: str, outcome: str) -> None:
+        """Count an attempt that is over."""
+        self._attempts.add((model, outcome))
 
     def settled(self, answer: Settled) -> None:
-        self._settled[answer].inc()
+        """Count what the queue answered to the end of an attempt."""
+        self._settled.add((answer.value,))
 
     def started(self, lease: Lease) -> None:
         """Count how long a job has waited, and how wrong its prediction was."""
         job = lease.job
-        self.wait(job.model, job.lane.value).observe(lease.waited_ms / 1000)
+        labels = (job.model, job.lane.value)
+        self._waits.observe(labels, lease.waited_ms / 1000)
         if lease.predicted_ms is not None and lease.epoch == 1:  # later it has run in between
-            error = is_off_by(lease.predicted_ms, lease.waited_ms)
-            self._prediction_error(job.model, job.lane.value).observe(error)
+            self._prediction_errors.observe(labels, is_off_by(lease.predicted_ms, lease.waited_ms))
+
+    def remote(self, model: str, region: str) -> None:
+        """Count a job that a Router of another ``region`` takes the answer of."""
+        self._remote.add((model, region))
+
+    def yield_refused(self, model: str, reason: str) -> None:
+        """Count an attempt that was asked to yield and runs on."""
+        self._yields_refused.add((model, reason))
+
+    def redone(self, model: str, how: str, tokens: float) -> None:
+        """Count tokens that were computed before: ``prefill`` or ``decode``."""
+        self._redone.add((model, how), tokens)
 
     def usage(self, model: str, usage: AnswerUsage) -> None:
         """Count the tokens of an answer."""
-        for kind, tokens in (("prompt", usage.prompt), ("completion", usage.output), ("cached", usage.cached)):
-            if tokens:
-                self._tokens(model, kind).inc(tokens)
+        if usage.prompt:
+            self._tokens.add((model, "prompt"), usage.prompt)
+        if usage.output:
+            self._tokens.add((model, "completion"), usage.output)
+        if usage.cached:
+            self._tokens.add((model, "cached"), usage.cached)

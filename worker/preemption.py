@@ -67,7 +67,7 @@ class Preemption:
             reason = "slot_free"
         asked = asked or self._attempts.running(attempt_id)  # the claim has just brought it
         if asked is None:
-            self._metrics.yields_refused("", "ended").inc()
+            self._metrics.yield_refused("", "ended")
             return
         while not reason:
             now = loop.time()
@@ -125,7 +125,7 @@ class Preemption:
             self._policy.ran(attempt.lease.job.lane, asyncio.get_running_loop().time() - attempt.started)
 
     async def _decline(self, attempt: Attempt, reason: str) -> None:
-        self._metrics.yields_refused(attempt.lease.job.model, reason).inc()
+        self._metrics.yield_refused(attempt.lease.job.model, reason)
         if reason == "ended":
             return  # the queue is being told
         try:

@@ -154,7 +154,7 @@ class ShardConsumer:
             leases = [lease for lease in leases if lease.job.model in switching.models]
         for job in (lease.job for lease in leases):
             if job.region and job.region != own:
-                self._context.metrics.remote(job.model, job.region).inc()
+                self._context.metrics.remote(job.model, job.region)
         self._attempts.start(leases, group)
 
     def _take_handed(self, lease: Lease | None, group: asyncio.TaskGroup) -> None:

@@ -213,9 +213,9 @@ class Relay:
         now = monotonic()  # the loop's clock; asking the loop costs a system call to find it
         if not request.is_follower:
             if request.begun:
-                self._metrics.itl.observe(job.model, now - request.last_sent_s)
+                self._metrics.itl.observe((job.model,), now - request.last_sent_s)
             else:
-                self._metrics.ttft.observe(job.model, now - request.started_s)
+                self._metrics.ttft.observe((job.model,), now - request.started_s)
         request.begun = True
         request.last_sent_s = now
 

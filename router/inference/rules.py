@@ -40,6 +40,7 @@ WHOLE_TIMEOUT_HEADER = "x-stainless-timeout"
 _DEADLINE, _READ_TIMEOUT, _WHOLE_TIMEOUT = (
     name.encode() for name in (DEADLINE_HEADER, READ_TIMEOUT_HEADER, WHOLE_TIMEOUT_HEADER)
 )
+_SET_DEADLINES = frozenset({_DEADLINE, _READ_TIMEOUT, _WHOLE_TIMEOUT})
 _SECONDS = re.compile(rb"[0-9]{1,9}(?:\.[0-9]{1,9})?")
 _EARLIER_PART, _MAX_EARLIER_S = 0.1, 2.0
 """How much earlier than its client's time-out a request ends here. A client that gets the error does not repeat a
@@ -88,6 +89,8 @@ def find_deadline(
     ``waits``: it ends when its client's time-out does, because nothing is sent before the whole answer and nobody reads
     it later. Otherwise a client's time-out only makes the default longer. Raises ``BadRequest``.
     """
+    if timeout_s is None and _SET_DEADLINES.isdisjoint(headers):
+        return _default_deadline(default_ms, max_ms)
     given = headers.get(_DEADLINE)
     limit_ms = read_deadline(given, timeout_s, default_ms, max_ms)
     client_grace_s = float("inf")
@@ -109,6 +112,13 @@ def find_deadline(
     if asked_ms > max_ms:
         source, client_grace_s = MAX_SETTING, float("inf")
     return Deadline(limit_ms, _description(limit_ms, source), client_grace_s)
+
+
+@lru_cache(16)
+def _default_deadline(default_ms: int, max_ms: int) -> Deadline:
+    source = MAX_SETTING if default_ms > max_ms else DEFAULT_SETTING
+    limit_ms = max(1, min(default_ms, max_ms))
+    return Deadline(limit_ms, _description(limit_ms, source))
 
 
 @lru_cache(256)

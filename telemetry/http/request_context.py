@@ -19,7 +19,7 @@ from queue_schemas import BodyTooLarge, InferqError, UnsupportedEncoding
 from queue_schemas.ids import random_hex
 
 from ..logs import bind, get_logger
-from ..metrics import MetricsRegistry
+from ..metrics import Counts, MetricsRegistry
 from .content_coding import decoded_body
 from .error_answers import send_error
 
@@ -28,6 +28,11 @@ REQUEST_ID_HEADER = b"x-request-id"
 _SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}")
 _RawHeaders = Iterable[tuple[bytes, bytes]]
 log = get_logger(__name__)
+
+
+def requests_counted(metrics: MetricsRegistry) -> Counts:
+    """The count of all answers of a service, by role, path and status."""
+    return metrics.counts("inferq_requests_total", "Answers by path and status", ("role", "path", "code"))
 
 
 def new_request_id() -> str:
@@ -54,9 +59,7 @@ class RequestContext:
         self._unbounded = frozenset(unbounded)
         self._max_body_bytes = max_body_bytes
         self._role = metrics.role
-        self._requests = metrics.counter(
-            "inferq_requests_total", "Answers by path and status", ("role", "path", "code")
-        )
+        self._requests = requests_counted(metrics)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -97,7 +100,7 @@ class RequestContext:
             await send_error(answer, send_with_id, dialect, request_id)
         finally:
             path = _path_label(scope)
-            self._requests.labels(self._role, path, str(status)).inc()
+            self._requests.add((self._role, path, str(status)))
             log.debug("request", method=scope["method"], path=path, status=status, seconds=perf_counter() - begun)
 
 

@@ -42,7 +42,7 @@ class EndReports:
         if answer is None:
             return
         self._metrics.settled(answer)
-        self._metrics.attempts(lease.job.model, ending.outcome.value).inc()
+        self._metrics.ended(lease.job.model, ending.outcome.value)
         if answer is not Settled.OK:
             log.info("answer_dropped", answer=answer.value, **log_fields(lease))
 
@@ -58,7 +58,7 @@ class EndReports:
         if answer is None:
             return
         self._metrics.settled(answer)
-        self._metrics.attempts(lease.job.model, "spent" if ending.counted else "handed_back").inc()
+        self._metrics.ended(lease.job.model, "spent" if ending.counted else "handed_back")
         log.info("job_released", reason=ending.reason, counted=ending.counted, answer=answer.value, **log_fields(lease))
 
     async def yielded(self, attempt: Attempt, ending: Yield) -> None:
@@ -72,7 +72,7 @@ class EndReports:
         if answer is None:
             return
         self._metrics.settled(answer)
-        self._metrics.attempts(lease.job.model, "yielded").inc()
+        self._metrics.ended(lease.job.model, "yielded")
         log.info("job_yielded", answer=answer.value, **log_fields(lease))
 
     async def crashed(self, attempts: Sequence[Attempt], reason: str) -> None:
@@ -84,7 +84,7 @@ class EndReports:
         )
         for lease, answer in zip(leases, answers or (), strict=False):
             self._metrics.settled(answer)
-            self._metrics.attempts(lease.job.model, "spent").inc()
+            self._metrics.ended(lease.job.model, "spent")
             log.info("job_crashed", reason=reason, answer=answer.value, suspect=lease.suspect, **log_fields(lease))
 
     async def _until_answered(self, send: Callable[[], Awaitable[_T]], failure: str, attempt: Attempt) -> _T | None:

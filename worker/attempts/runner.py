@@ -142,13 +142,13 @@ class AttemptRunner:
         try:
             continuation = await self._continuations.plan(job)
             self._relay.output_count += 1
-            self._metrics.redone(job.model, "prefill").inc(continuation.said_tokens)
+            self._metrics.redone(job.model, "prefill", continuation.said_tokens)
             if continuation.body is None:
                 return self._complete(attempt, continuation.ending(int(time.time())))
             return await self._ask(attempt, continuation.body, continuation, composed=not job.stream)
         except NotContinuable as error:
             log.warning("stream_restarted", error=f"the engine cannot go on: {error}", **log_fields(attempt.lease))
-            self._metrics.redone(job.model, "decode").inc(len(job.prefix) / _CHARACTERS_PER_TOKEN)
+            self._metrics.redone(job.model, "decode", len(job.prefix) / _CHARACTERS_PER_TOKEN)
             attempt.may_yield = False
             return await self._ask(attempt, job.body, None, composed=not job.stream)
 
@@ -215,7 +215,7 @@ class AttemptRunner:
     async def _stopped(self, attempt: Attempt, reason: StopReason) -> Ending:
         match reason:
             case StopReason.JOB_ENDED:
-                self._metrics.attempts(attempt.lease.job.model, "aborted").inc()
+                self._metrics.ended(attempt.lease.job.model, "aborted")
                 return None
             case StopReason.DEADLINE:
                 # The queue expires late jobs as well, but only each second.

@@ -83,16 +83,17 @@ class RequestCycle:
     """Created when a request's head is complete. Not for use outside its connection, but for :meth:`cut`."""
 
     __slots__ = (
+        "_changed",
         "_chunked",
         "_connection",
         "_delivered",
         "_discard_body",
+        "_has_news",
         "_head",
         "_http_1_0",
         "_left_bytes",
         "_on_gone",
         "body",
-        "changed",
         "disconnected",
         "expects_continue",
         "keep_alive",
@@ -126,7 +127,10 @@ class RequestCycle:
         """The end of the request has not come."""
         self.refusal: InferqError | None = None
         """Why the rest of the body is not going to be read."""
-        self.changed = asyncio.Event()
+        self._has_news = False
+        """Something changed since :meth:`receive` looked last."""
+        self._changed: asyncio.Event | None = None
+        """Set when something changes, while somebody waits for it."""
         self.disconnected = self._delivered = False
         self.response_started = False
         self.response_complete = False
@@ -170,6 +174,21 @@ class RequestCycle:
                 log.error("answer_incomplete", path=self.scope["path"], begun=self.response_started)
                 await self._fail()
 
+    def tell_change(self) -> None:
+        """More of the request has come, or nothing more will: wake whoever waits for it."""
+        self._has_news = True
+        if self._changed is not None:
+            self._changed.set()
+
+    async def _until_changed(self) -> None:
+        if not self._has_news:
+            if self._changed is None:
+                self._changed = asyncio.Event()
+            await self._changed.wait()
+        self._has_news = False
+        if self._changed is not None:
+            self._changed.clear()
+
     async def receive(self) -> Message:
         """The next piece of the body. Raises what the connection refuses the body for."""
         if self.expects_continue:
@@ -177,8 +196,7 @@ class RequestCycle:
             self.expects_continue = False
         if not (self._gone or self.response_complete or self.refusal):
             self._connection.resume_reading()
-            await self.changed.wait()
-            self.changed.clear()
+            await self._until_changed()
         if self._gone or self.response_complete:
             return {"type": "http.disconnect", "why": self._connection.why_lost}
         if self.refusal is not None:
@@ -247,7 +265,7 @@ class RequestCycle:
         if self.refusal is None:
             self.refusal = error
             self.keep_alive = False
-            self.changed.set()
+            self.tell_change()
 
     def leave(self) -> None:
         """The client is gone."""
@@ -268,7 +286,7 @@ class RequestCycle:
                 asyncio.get_running_loop().call_soon(self._client_changed)
 
     def _client_changed(self) -> None:
-        self.changed.set()
+        self.tell_change()
         on_gone = self._on_gone
         if on_gone is not None and self._gone:
             self._on_gone = None

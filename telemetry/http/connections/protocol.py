@@ -124,8 +124,11 @@ class HttpConnection(FlowControl):
             self._stop_listening()
 
     def data_received(self, data: bytes) -> None:
-        with self.starter:
+        self.starter.reading = True
+        try:
             self._read(data)
+        finally:
+            self.starter.end_read()
 
     def _read(self, data: bytes) -> None:
         size = len(data)
@@ -189,7 +192,7 @@ class HttpConnection(FlowControl):
         if len(cycle.body) > RESUME_BYTES and cycle is self._active and not self._read_paused:
             self._read_paused = True
             self.transport.pause_reading()
-        cycle.changed.set()
+        cycle.tell_change()
 
     def on_message_complete(self) -> None:
         cycle = self._incoming

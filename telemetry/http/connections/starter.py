@@ -12,9 +12,9 @@ from .cycle import RequestCycle, ServeDirectly
 
 class RequestStarter:
     """Offers requests for ``app`` to ``serve_directly`` if they have arrived whole by the end of the read that brought
-    their head; all others run in a task at once. A read is parsed within ``with``."""
+    their head; all others run in a task at once. ``reading``: a read is being parsed; then call :meth:`end_read`."""
 
-    __slots__ = ("_app", "_loop", "_reading", "_serve_directly", "_server", "_undecided")
+    __slots__ = ("_app", "_loop", "_serve_directly", "_server", "_undecided", "reading")
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, server: ServerState, app: ASGIApp, serve_directly: ServeDirectly | None
@@ -23,14 +23,12 @@ class RequestStarter:
         self._server = server
         self._app = app
         self._serve_directly = serve_directly
-        self._reading = False
+        self.reading = False
         self._undecided: RequestCycle | None = None
 
-    def __enter__(self) -> None:
-        self._reading = True
-
-    def __exit__(self, *_: object) -> None:
-        self._reading = False
+    def end_read(self) -> None:
+        """All of a read was parsed: a request that has not arrived whole runs in a task."""
+        self.reading = False
         cycle, self._undecided = self._undecided, None
         if cycle is not None:
             self.run(cycle, self._app)
@@ -41,14 +39,14 @@ class RequestStarter:
             self.run(cycle, app)
         elif not cycle.receiving:
             self._offer(cycle, self._serve_directly)
-        elif self._reading:
+        elif self.reading:
             self._undecided = cycle
         else:
             self.run(cycle, app)
 
     def arrived(self, cycle: RequestCycle) -> None:
         """A request has arrived whole."""
-        cycle.changed.set()
+        cycle.tell_change()
         if cycle is self._undecided and self._serve_directly is not None:
             self._undecided = None
             self._offer(cycle, self._serve_directly)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import msgpack
 import pytest
 from hypothesis import given
@@ -127,3 +129,26 @@ def test_the_size_of_a_message_is_bounded(monkeypatch: pytest.MonkeyPatch) -> No
     for read in (decode, decode_all):
         with pytest.raises(BadMessage, match="limit is 10"):
             read(encode(b"0123456789"))
+
+
+@pytest.mark.parametrize("bad", [b"\x92\x01", b"\xc1", encode([1]) + b"\xdc", encode(msgpack.packb(1)) + b"\x91"])
+def test_a_malformed_message_leaves_nothing_to_the_next(bad: bytes) -> None:
+    """Packers and unpackers are used again, but not after an error: the next message is read and written as it is."""
+    for _ in range(3):
+        with pytest.raises(BadMessage):
+            decode_all(bad)
+        assert decode_all(encode([1, b"two"]) + encode("three")) == [[1, b"two"], "three"]
+        with pytest.raises(TypeError):
+            encode([b"half of it", object()])
+        assert encode([1, b"two"]) == msgpack.packb([1, b"two"])
+
+
+def test_many_threads_pack_and_unpack_at_once() -> None:
+    """A packer or an unpacker belongs to one thread while it works."""
+
+    def work(number: int) -> bool:
+        values = [[number, f"{number}" * 50, {"n": number}]] * 20
+        return all(decode_all(b"".join(map(encode, values))) == values for _ in range(50))
+
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(work, range(32)))

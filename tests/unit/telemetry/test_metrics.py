@@ -41,3 +41,26 @@ def test_two_roles_in_one_process_do_not_meet() -> None:
     one.counter("inferq_requests_total", "Requests").inc()
     other.counter("inferq_requests_total", "Requests")
     assert b"inferq_requests_total 0.0" in render_metrics(other)[0]
+
+
+def test_counts_and_distributions_show_what_the_clients_own_metrics_do() -> None:
+    """What counts for every request renders as prometheus_client's counter and histogram: labels, bounds, sums."""
+    ours, theirs = MetricsRegistry("worker"), MetricsRegistry("worker")
+    counts = ours.counts("inferq_attempts_total", "Attempts", ("model", "outcome"))
+    counter = theirs.counter("inferq_attempts_total", "Attempts", ("model", "outcome"))
+    assert ours.counts("inferq_attempts_total", "Attempts", ("model", "outcome")) is counts
+    for labels, amount in ((("m", "done"), 1), (("m", "done"), 2.5), (('"m\n', "spent"), 0)):
+        counts.add(labels, amount)
+        counter.labels(*labels).inc(amount)
+    waits = ours.distribution("inferq_wait_seconds", "Waits", ("model",), buckets=(0.5, 1.0))
+    histogram = theirs.histogram("inferq_wait_seconds", "Waits", ("model",), buckets=(0.5, 1.0))
+    for value in (0.25, 0.5, 0.75, 1.0, 4.0):
+        waits.observe(("m",), value)
+        histogram.labels("m").observe(value)
+
+    def shown(registry: MetricsRegistry) -> list[str]:
+        lines = render_metrics(registry)[0].decode().splitlines()
+        return [line for line in lines if "inferq_" in line and "_created" not in line]
+
+    assert shown(ours) == shown(theirs)
+    assert 'inferq_wait_seconds_bucket{le="0.5",model="m"} 2.0' in shown(ours)

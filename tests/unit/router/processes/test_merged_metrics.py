@@ -26,7 +26,7 @@ def process(answers: int, open_requests: int, *, manager: bool = True) -> Router
     )
     for _ in range(answers):
         metrics.answered("/v1/completions", 200)
-        metrics.ttft.observe("m", 0.01)
+        metrics.ttft.observe(("m",), 0.01)
     return metrics
 
 

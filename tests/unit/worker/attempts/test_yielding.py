@@ -90,7 +90,8 @@ class Scene:
 
     def refused(self, reason: str) -> float:
         """How often an attempt was asked and ran on for that reason."""
-        return float(self.bench.metrics.yields_refused(MODEL, reason)._value.get())
+        collectors = self.bench.metrics.registry.collectors
+        return collectors.get_sample_value("inferq_yields_refused_total", {"model": MODEL, "reason": reason}) or 0.0
 
 
 def line(prefix: str = "", yields: int = 2, **fields: Any) -> Lease:
