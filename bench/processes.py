@@ -135,11 +135,15 @@ def snapshot() -> Snapshot:
     return Snapshot(time.monotonic(), parents, spent, (user + nice + system + steal) / TICKS_PER_S)
 
 
+def cpu_clock_s(pid: int) -> float:
+    """User and system time of a process, all its threads, those that ended included. Raises ``OSError`` without it."""
+    return time.clock_gettime(~pid << 3 | 2)  # clock_getcpuclockid(3)
+
+
 def _own_cpu_s(pid: int, fields: Sequence[str]) -> float:
-    """User and system time of a process, all its threads, those that ended included."""
+    """The same, also where the process has no clock of its own."""
     try:
-        # Its CPU clock (clock_getcpuclockid(3)) counts nanoseconds, /proc only ticks of 10 ms.
-        return time.clock_gettime(~pid << 3 | 2)
+        return cpu_clock_s(pid)  # nanoseconds: /proc has only ticks of 10 ms
     except OSError:
         return sum(map(int, fields[11:13])) / TICKS_PER_S
 

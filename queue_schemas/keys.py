@@ -116,6 +116,12 @@ class ShardKeys:
         return f"{self.prefix}deadlines"
 
     @property
+    def heads(self) -> str:
+        """Hash: queue key -> ``<ms> <ms>``: how long the longest-waiting job has waited there, and until the earliest
+        deadline (``-``: unknown), as the sweep found it."""
+        return f"{self.prefix}heads"
+
+    @property
     def lost(self) -> str:
         """Sorted set: streams that wait for their Router, by when it is asked again (queue ms)."""
         return f"{self.prefix}lost"

@@ -1,6 +1,6 @@
 -- Makes indexes and counters agree with the records: a server that evicted keys, or an operator who deleted some, took them
 -- apart. Each call looks at a part of the jobs. All counters of a shard with few live jobs are made anew; with many, what
--- waits is counted by its streams, a part of the queue keys in a call.
+-- waits and what it costs is counted by its streams, a part of the queue keys in a call.
 -- ARGV: prefix, cursor among the jobs.
 -- Reply: {cursor, what was repaired}: where to go on; '0' after a whole round.
 -- Invariants: 1 no lost job, 8 bounded memory, 12 conservation.
@@ -9,7 +9,9 @@
 local JOBS = 128 -- looked at in one call
 local MAX_RECOUNTED = 1024 -- live jobs of a shard whose counters are made anew; with the persisted ones: their bytes too
 local MAX_STALE_ENTRIES = 512 -- entries without a job that one call removes
-local MAX_STREAMS = 512 -- whose entries are counted in one call
+local MAX_STREAMS = 512 -- whose entries are counted in one call, and all of one queue key
+local MAX_COUNTED_TENANTS = 4096 -- of a band: with more, a queue key is not counted
+local MAX_ENTRIES = 4096 -- of a queue key whose cost is added up; of more it is estimated, if what is known cannot be
 local now, repaired, stale_entries = now_ms(), 0, 0
 local live = call('ZCARD', P .. 'deadlines')
 local is_small = live + call('ZCARD', P .. 'persisted') <= MAX_RECOUNTED
@@ -54,18 +56,30 @@ local function correct(hash, field, value)
   repaired = repaired + 1
 end
 
--- What waits at a queue key is what its streams hold. Begins at another key each time.
+-- What the jobs of these streams cost by their entries: exactly, or by the mean of the first of each stream.
+local function cost_of(queues, number)
+  local cost, share = 0, number <= MAX_ENTRIES and MAX_ENTRIES or math.max(1, math.floor(MAX_ENTRIES / #queues))
+  for _, queue in ipairs(queues) do
+    local entries, of_these = call('XRANGE', P .. queue, '-', '+', 'COUNT', share), 0
+    for _, entry in ipairs(entries) do of_these = of_these + tonumber(string.match(entry[2][4] or '', ' (%d+)$') or 0) end
+    cost = cost + of_these * (#entries < share and 1 or call('XLEN', P .. queue) / share)
+  end
+  return math.floor(cost)
+end
+
+-- What waits at a queue key is what its streams hold, and each job costs 1 at least. Begins at another key each time.
 local function count_streams()
-  local keys, counted = {}, 0
-  for key in pairs(waiting_keys) do keys[#keys + 1] = key end
+  local keys, counted = names_of(waiting_keys), 0
   table.sort(keys)
-  local first = math.floor(now / 1000)
   for i = 1, #keys do
-    local key = keys[(first + i) % #keys + 1]
-    local queues, are_all = streams_at(key, MAX_TENANTS)
-    local waits = 0
+    local key = keys[(math.floor(now / 1000) + i) % #keys + 1]
+    local queues, are_all = streams_at(key, MAX_COUNTED_TENANTS)
+    local waits, cost = 0, counter('counters', key .. ':cost')
     for _, queue in ipairs(are_all and queues or {}) do waits = waits + call('XLEN', P .. queue) end
-    if are_all then correct('counters', key .. ':waiting', waits) end
+    if are_all and (waits <= MAX_ENTRIES or waits ~= waiting(key) or cost < waits) then
+      correct('counters', key .. ':waiting', waits)
+      correct('counters', key .. ':cost', cost_of(queues, waits))
+    end
     counted = counted + #queues
     if counted >= MAX_STREAMS then return end
   end
@@ -112,10 +126,8 @@ local function recount(counter_fields)
     end
   end
   for hash, fields in pairs(counted) do
-    local names = {}
-    for field in pairs(fields) do names[#names + 1] = field end
-    read(hash, names)
-    for _, field in ipairs(names) do correct(hash, field, fields[field]) end
+    read(hash, names_of(fields))
+    for field, value in pairs(fields) do correct(hash, field, value) end
   end
 end
 

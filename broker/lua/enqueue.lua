@@ -23,16 +23,18 @@ local BUDGETS = { 'tenant_jobs', 'tenant_bytes', 'pool_jobs', 'pool_bytes', 'ten
 local LIMITS = { tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]) }
 local attempt_base, handed_over = ARGV[7], 0
 
+local function budgets_of(tenant, pool, is_persisted)
+  local t, p = 't:' .. tenant, 'p:' .. pool
+  return { t .. ':jobs', t .. ':bytes', p .. ':jobs', p .. ':bytes', is_persisted and t .. ':persisted' or nil }
+end
+
 -- The first budget that a job would exceed; nil if there is room.
 local function over_budget(tenant, pool, size, persisted_bytes)
-  local t, p = 't:' .. tenant, 'p:' .. pool
-  local fields = { t .. ':jobs', t .. ':bytes', p .. ':jobs', p .. ':bytes', persisted_bytes and t .. ':persisted' or nil }
-  local more = { 1, size, 1, size, persisted_bytes }
+  local more, fields = { 1, size, 1, size, persisted_bytes }, budgets_of(tenant, pool, persisted_bytes)
   read('budget', fields)
   for i, field in ipairs(fields) do
     if counter('budget', field) + more[i] > LIMITS[i] then return BUDGETS[i] end
   end
-  return nil
 end
 
 -- The job that holds an idempotency key, as the reply says it; nil if there is none any more.
@@ -61,10 +63,10 @@ end
 local function enqueue(id, envelope, pool, lane, band, tenant, reply, persisted, ttl_ms, max, region, remote_after_ms, resume,
     cost, weight, patience, retention_ms, idem, request, listed, topic, metadata, digests)
   local key, size, is_persisted = P .. 'job:' .. id, string.len(envelope), persisted == '1'
-  local known = load_job(id)
-  if known then
-    if is_persisted and reply ~= '' and not TERMINAL[known.state] then listen(id, reply, known.deadline) end
-    return known.state
+  local earlier = load_job(id)
+  if earlier then
+    if is_persisted and reply ~= '' and not TERMINAL[earlier.state] then listen(id, reply, earlier.deadline) end
+    return earlier.state
   end
   local refusal = idem ~= '' and holder(idem, request)
   if refusal then return refusal end
@@ -79,8 +81,10 @@ local function enqueue(id, envelope, pool, lane, band, tenant, reply, persisted,
     cost = cost, weight = weight, charged = '', predicted = '', suspicion = '' }
   local at, aid, owner, entry = queue_key(job), attempt_base .. handed_over, nil, nil
   local outcome = shared .. ':affinity/'
-  read('counters', { at .. ':waiting', at .. ':cost', shared .. ':enqueued', shared .. ':leased', outcome .. 'none',
-    unpack(counts_for_yields(pool)) })
+  if not known.counters[at .. ':cost'] then
+    read('counters', { at .. ':waiting', at .. ':cost', shared .. ':enqueued', shared .. ':leased', outcome .. 'none',
+      unpack(counts_for_yields(pool)) })
+  end
   if digests ~= '' then read('counters', { at .. ':wait', outcome .. 'warm', outcome .. 'cold' }) end
   if attempt_base ~= '' then owner, entry = hand_over(at, id, envelope, aid, ttl_ms, digests) end
   if not owner then
@@ -114,7 +118,11 @@ local function enqueue(id, envelope, pool, lane, band, tenant, reply, persisted,
   return job.predicted ~= '' and 'queued ' .. job.predicted or 'queued'
 end
 
-local answers = {}
+local answers, budgets = {}, {}
+for i = 8, #ARGV > 30 and #ARGV or 0, 23 do -- those of many tenants cost one command
+  for _, field in ipairs(budgets_of(ARGV[i + 5], ARGV[i + 2], ARGV[i + 7] == '1')) do budgets[field] = true end
+end
+read('budget', names_of(budgets))
 for i = 8, #ARGV, 23 do answers[#answers + 1] = enqueue(unpack(ARGV, i, i + 22)) end
 write_offers()
 return write_counters_and_return(answers)

@@ -1,12 +1,14 @@
 -- The sweep of each second: ends jobs whose time ran out, asks again after lost streams, forgets output that was kept long
--- enough, trims dead letters, has attempts yield where interactive jobs still wait, opens what waited for a region's workers to all, and wakes a worker wherever work and parked
--- workers coexist: a wake may have been lost with its worker.
+-- enough, trims dead letters, has attempts yield where interactive jobs still wait, opens what waited for a region's workers
+-- to all, and wakes a worker wherever work and parked workers coexist: a wake may have been lost with its worker.
 -- ARGV: prefix, limit (jobs in this call), how late it is at least, as the caller measured it (ms; 0: unknown).
--- Reply: {expired, woken, forgotten, most jobs of a queue key opened, the queue's time, the server's time}.
+-- Reply: {expired, woken, forgotten, most jobs of a queue key opened, the queue's time, the server's time, queue keys at which
+--       something waits}.
 -- Invariants: 10 deadline and cancel, 8 bounded memory, 13 liveness.
 -- uses: attempts, parking, preemption
 -- rarely: ask_to_yield
 
+local MAX_TENANTS = 256 -- of a band, whose jobs of a region one sweep opens to all
 local MAX_ASKED = 64 -- attempts that one sweep has yield to what waits at a queue key
 local limit, at_least = ARGV[2], tonumber(ARGV[3])
 local now = now_ms(at_least > 0 and at_least or nil)
@@ -71,11 +73,12 @@ local function open_to_all(key)
   return moved
 end
 
-local counters = call('HGETALL', P .. 'counters')
+local counters, waiting_keys = call('HGETALL', P .. 'counters'), {}
 for i = 1, #counters, 2 do
   local key = string.sub(counters[i], -8) == ':waiting' and string.sub(counters[i], 1, -9)
   if key then known.counters[counters[i]] = tonumber(counters[i + 1]) end
   if key and waiting(key) > 0 then -- without what ended just now
+    waiting_keys[#waiting_keys + 1] = key
     local shared = without_region(key)
     local moved = shared ~= key and open_to_all(key) or 0
     opened = math.max(opened, moved)
@@ -89,4 +92,4 @@ for i = 1, #counters, 2 do
     end
   end
 end
-return write_counters_and_return({ expired, woken, forgotten, opened, now, server_ms() })
+return write_counters_and_return({ expired, woken, forgotten, opened, now, server_ms(), waiting_keys })

@@ -1,4 +1,4 @@
-"""Keep the queue in order: take back jobs of dead workers, expire deadlines, audit counters.
+"""Keep the queue in order: take back jobs of dead workers, expire deadlines, survey what waits, audit counters.
 
 Called by the acting Manager, and by a worker while no Manager acts. Each call goes to one shard, or to all of them,
 where a shard that does not answer must not stop the others.
@@ -17,6 +17,7 @@ from ..redis.calls import Caller, pairs
 from ..redis.server_clock import ServerClocks
 from ..redis.shards import answers_of, on_each
 from .audit import Auditor
+from .stats import Survey
 
 _RECLAIM_STEP = 256
 _EXPIRE_STEP = 256
@@ -68,6 +69,7 @@ class Maintenance:
         self._control_read = control_read
         self._clock = ServerClocks()
         self._auditor = Auditor(caller)
+        self._survey = Survey(caller)
 
     async def renewal_counters(self, shard: int | None = None) -> dict[SessionId, int]:
         """How often each worker session has renewed its leases. One try."""
@@ -95,7 +97,7 @@ class Maintenance:
         return await self._take_back(session_id, None, counted=False, reason="its worker left")
 
     async def expire(self, shard: int | None = None) -> Expired:
-        """The sweep of each second, and the next part of an audit when that is due."""
+        """The sweep of each second, the next part of the survey of waiting jobs, and of an audit when that is due."""
         return sum(answers_of(await on_each(self._of(shard), self._expire_on)), Expired())
 
     def _of(self, shard: int | None) -> Sequence[ShardKeys]:
@@ -120,12 +122,13 @@ class Maintenance:
     async def _expire_on(self, keys: ShardKeys) -> Expired:
         swept = Expired()
         for _ in range(_EXPIRE_STEPS):
-            expired, woken, forgotten, opened, queue_ms, server_ms = await self._caller.script(
+            expired, woken, forgotten, opened, queue_ms, server_ms, waiting = await self._caller.script(
                 "expire", keys.budget, keys.prefix, _EXPIRE_STEP, self._clock.at_least(keys.shard)
             )
             self._clock.saw(keys.shard, queue_ms, server_ms)
             swept += Expired(expired, woken, forgotten)
             if max(expired, forgotten, opened) < _EXPIRE_STEP:
                 break
+        await self._survey.go_on(keys, waiting, queue_ms)
         await self._auditor.audit_next_part(keys)
         return swept

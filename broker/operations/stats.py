@@ -1,4 +1,8 @@
-"""Queue depths and job counts, as the scripts keep them, for metrics and for Managers that assign work."""
+"""Queue depths and job counts, for metrics and for Managers that assign work.
+
+Scripts keep the counts. How long jobs have waited is found by the sweep (:class:`Survey`): who reads depths looks at no
+job and no tenant.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,10 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from queue_schemas import BrokerUnavailable, InferqError, Lane, LaneDepth, Pool, ShardKeys
+from queue_schemas import BrokerFull, BrokerUnavailable, InferqError, Lane, LaneDepth, Pool, ShardKeys
 from queue_schemas.ids import decode_name
 from scheduling.prediction import LaneState, Rate, place_of
+from telemetry import get_logger
 
 from ..redis.calls import Caller, pairs
 from ..redis.shards import answers_of, on_each
@@ -17,6 +22,12 @@ from ..redis.shards import answers_of, on_each
 _NOT_EVENTS = ("waiting", "leased", "turn", "wait", "cost", "ran", "ran_ms", "ran_cost")
 SHARD_TIMEOUT_S = 1.0
 """How long a shard may take to answer before it is left out."""
+MAX_KEYS = 128
+"""Queue keys that a sweep surveys at most; with more, they take turns."""
+MAX_HEADS = 512
+"""Tenants of a band whose first jobs a sweep looks at, over all these queue keys."""
+
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,28 +54,41 @@ class QueueStats:
         self._keys = keys
 
     async def depths(self, away: set[int] | None = None) -> dict[Pool, dict[Lane, LaneDepth]]:
-        """How much waits and runs, per pool and lane; lanes with neither are left out. With ``away``, shards that do
-        not answer within a second are added to it, and their pools left out, as long as one answers."""
+        """How much waits and runs, per pool and lane; lanes with neither are left out. How long the oldest job has
+        waited, and until the earliest deadline, is as the last sweep found it. With ``away``, shards that do not answer
+        within a second are added to it, and their pools left out, as long as one answers."""
         depths: dict[Pool, dict[Lane, LaneDepth]] = {}
         rates: dict[Pool, dict[Lane, Rate]] = {}
+        read = self._caller.command if away is None else self._caller.once
 
         async def ask(keys: ShardKeys) -> Any:
-            return await self._caller.script("depth", keys.budget, keys.prefix, retry=away is None)
+            counts = await read(keys.counters, "HGETALL", keys.counters)
+            return counts, await read(keys.heads, "HGETALL", keys.heads)
 
-        for found in await self._ask_each(ask, away):
-            for queue_key, waiting, leased, oldest, cost, *rate, left in found:
+        for counted, heads in await self._ask_each(ask, away):
+            counts = dict(pairs(counted))
+            first = dict(pairs(heads))
+            for queue_key in {name.rpartition(b":")[0] for name in counts if name.endswith((b":waiting", b":leased"))}:
+                waiting, leased, cost = (
+                    int(counts.get(queue_key + kind, 0)) for kind in (b":waiting", b":leased", b":cost")
+                )
+                if not (waiting or leased):
+                    continue
                 pool, lane, region = _parts(queue_key.decode())
                 lanes = depths.setdefault(pool, {})
                 so_far = lanes.get(lane, LaneDepth())
                 by_region = so_far.by_region | ({region: waiting} if region and waiting else {})
+                oldest, left = _head(first.get(queue_key)) if waiting else (0, None)
                 lanes[lane] = LaneDepth(
                     waiting=so_far.waiting + waiting,
                     leased=so_far.leased + leased,
                     oldest_age_ms=max(so_far.oldest_age_ms, oldest),
                     by_region=by_region,
                     cost=so_far.cost + cost,
-                    deadline_ms=min((ms for ms in (so_far.deadline_ms, left) if type(ms) is int), default=None),
+                    deadline_ms=min((ms for ms in (so_far.deadline_ms, left) if ms is not None), default=None),
                 )
+                of_all = queue_key.partition(b"@")[0]
+                rate = (int(counts.get(of_all + kind, 0)) for kind in (b":ran", b":ran_ms", b":ran_cost"))
                 rates.setdefault(pool, {})[lane] = Rate(*rate)
         for pool, lanes in depths.items():
             states = {
@@ -112,6 +136,74 @@ class QueueStats:
         silent = zip(self._keys, found, strict=True)
         away |= {keys.shard for keys, answer in silent if isinstance(answer, InferqError)}
         return present
+
+
+@dataclass(slots=True)
+class _Round:
+    """Where a round through the streams of a queue key stands. Times are the queue's, in ms; None: no job was found.
+    ``shown``: of the last whole round, or the first one so far."""
+
+    passed: int = 0
+    since: int | None = None
+    due: int | None = None
+    shown: tuple[int | None, int | None] | None = None
+
+    def add(self, since: int | None, due: int | None, passed: int, *, is_last: bool) -> None:
+        """What was found behind the tenants passed before."""
+        self.since = min((at for at in (self.since, since) if at is not None), default=None)
+        self.due = min((at for at in (self.due, due) if at is not None), default=None)
+        if is_last or self.shown is None:
+            self.shown = self.since, self.due
+        self.passed += passed
+        if is_last:
+            self.passed, self.since, self.due = 0, None, None
+
+    def packed(self, now: int) -> str:
+        since, due = self.shown or (None, None)
+        return f"{max(0, now - since) if since is not None else 0} {max(0, due - now) if due is not None else '-'}"
+
+
+class Survey:
+    """Goes round the first jobs of all waiting streams, a part with each sweep. Notes for each queue key how long the
+    longest-waiting one has waited, and until the earliest deadline."""
+
+    def __init__(self, caller: Caller) -> None:
+        self._caller = caller
+        self._rounds: dict[int, dict[bytes, _Round]] = {}
+        """By shard and queue key, those first whose turn it is."""
+
+    async def go_on(self, keys: ShardKeys, waiting: Sequence[bytes], now: int) -> None:
+        """Survey the next part of a shard with jobs at ``waiting`` queue keys. ``now``: the queue's time, ms."""
+        before = self._rounds.get(keys.shard)
+        if before is None:  # another sweeper may have left queue keys at which nothing waits any more
+            before = {key: _Round() for key in await self._caller.once(keys.heads, "HKEYS", keys.heads)}
+        known = dict.fromkeys((*before, *waiting))
+        still = set(waiting)
+        rounds = {key: before.get(key) or _Round() for key in known if key in still}
+        self._rounds[keys.shard] = rounds
+        if gone := before.keys() - still:
+            await self._caller.once(keys.heads, "HDEL", keys.heads, *gone)
+        if not rounds:
+            return
+        looked_at = list(rounds)[:MAX_KEYS]
+        tenants = max(1, MAX_HEADS // len(looked_at))
+        args = [part for key in looked_at for part in (key, rounds[key].passed)]
+        found = await self._caller.script("survey", keys.budget, keys.prefix, tenants, *args)
+        shown: list[bytes | str] = []
+        for key, (since, due, is_last) in zip(looked_at, found, strict=True):
+            one = rounds[key] = rounds.pop(key)
+            one.add(int(since) if since else None, int(due) if due else None, tenants, is_last=bool(is_last))
+            shown += key, one.packed(now)
+        try:
+            await self._caller.once(keys.heads, "HSET", keys.heads, *shown)
+        except BrokerFull as error:
+            log.info("survey_not_written", shard=keys.shard, error=error.message, then="depths show the last one")
+
+
+def _head(packed: bytes | None) -> tuple[int, int | None]:
+    """How long the longest-waiting job has waited, and until the earliest deadline (ms)."""
+    age, _, left = (packed or b"0 -").partition(b" ")
+    return int(age), None if left == b"-" else int(left)
 
 
 def _predicted(depth: LaneDepth, lane: Lane, states: Mapping[Lane, LaneState]) -> LaneDepth:

@@ -274,7 +274,7 @@ class LaneDepth(_Message):
 
     waiting: int = 0
     leased: int = 0
-    oldest_age_ms: int = Field(default=0, description="how long the longest-waiting job has waited")
+    oldest_age_ms: int = Field(default=0, description="how long the longest-waiting job had waited at the last sweep")
     deadline_ms: int | None = Field(
         default=None,
         description="until the earliest deadline of the jobs that are next of their tenants; null: none waits",

@@ -10,7 +10,7 @@ from queue_schemas import Lane, LaneDepth, Pool
 from ..queue_link import QueueLink
 
 MAX_AGE_S = 0.25
-"""Reading them takes the queue's server a time that grows with models and tenants: no stranger decides how often."""
+"""Reading them takes the queue's server a time that grows with models: no stranger decides how often."""
 
 Depths = Mapping[Pool, Mapping[Lane, LaneDepth]]
 

@@ -36,6 +36,7 @@ FAMILIES = {
     "yieldable": "ZRANGE",
     "ctl": "XRANGE",
     "deadlines": "ZRANGE",
+    "heads": "HGETALL",
     "lost": "ZRANGE",
     "reply": "XRANGE",
     "dead": "XRANGE",

@@ -213,6 +213,7 @@ async def test_the_earliest_deadline_of_what_waits_is_told(broker: Broker, worke
     for tenant, ttl_ms in (("a", 60_000), ("b", 30_000), ("b", 5_000)):
         await broker.jobs.enqueue(make_job(tenant=tenant, ttl_ms=ttl_ms))
     await broker.jobs.enqueue(make_job(tenant="a", ttl_ms=90_000, lane=Lane.BATCH))
+    await broker.maintenance.expire()
     lanes = (await broker.stats.depths())[MODEL]
     assert 25_000 < (lanes[Lane.INTERACTIVE].deadline_ms or 0) <= 30_000
     assert 85_000 < (lanes[Lane.BATCH].deadline_ms or 0) <= 90_000

@@ -11,7 +11,11 @@ import pytest
 from broker import Broker
 from queue_schemas import BANDS, DEFAULT_BAND, LANES, Job, Lane, Outcome, ShardKeys, Tenant
 from queue_schemas.lanes import STARVATION_BOUND, band_order, lane_order
-from tests.support.queue import MODEL, Puller, make_job
+from tests.support.queue import MODEL, Puller, ServerBackend, make_job
+
+from .conftest import Connect
+
+KEYS = ShardKeys(0)
 
 
 async def enqueue_all(broker: Broker, jobs: list[Job]) -> None:
@@ -163,24 +167,76 @@ async def test_lost_work_keeps_its_order(broker: Broker, worker: Puller) -> None
 
 
 async def test_a_depth_names_the_longest_wait(broker: Broker, worker: Puller) -> None:
-    """Waiting, leased and the oldest age per pool and lane are what the streams hold."""
+    """Waiting, leased and the oldest age per pool and lane are what the streams hold; the age is the sweep's."""
     await enqueue_all(broker, [make_job() for _ in range(3)])
     await broker.jobs.enqueue(make_job(lane=Lane.BATCH, tenant="other"))
     await worker.claim(1)
     await asyncio.sleep(0.02)
+    await broker.maintenance.expire()
     depths = await broker.stats.depths()
     assert (depths[MODEL][Lane.INTERACTIVE].waiting, depths[MODEL][Lane.INTERACTIVE].leased) == (2, 1)
     assert (depths[MODEL][Lane.BATCH].waiting, depths[MODEL][Lane.BATCH].leased) == (1, 0)
     assert 20 <= depths[MODEL][Lane.BATCH].oldest_age_ms < 10_000
 
 
-async def test_a_depth_names_a_wait_however_many_tenants_there_are(broker: Broker) -> None:
-    """Beyond the tenants whose jobs are looked at for the longest wait, some wait is named: never none."""
-    await enqueue_all(broker, [make_job(tenant=f"t{n}") for n in range(300)])
-    await asyncio.sleep(0.02)
-    depth = (await broker.stats.depths())[MODEL][Lane.INTERACTIVE]
-    assert depth.waiting == 300
-    assert 20 <= depth.oldest_age_ms < 10_000
+async def test_the_longest_wait_of_many_tenants_is_found_in_a_round_of_sweeps(
+    broker: Broker, worker: Puller, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each sweep looks at a part of the tenants and of the queue keys. Until a round is whole the last one counts, in
+    the first round what was seen so far; what nobody waits for is not kept."""
+    monkeypatch.setattr("broker.operations.stats.MAX_HEADS", 20)
+    monkeypatch.setattr("broker.operations.stats.MAX_KEYS", 2)
+    await broker.jobs.enqueue(make_job(tenant="first", ttl_ms=50_000))
+    await asyncio.sleep(0.3)
+    # Who was served more stands behind the others: the oldest job is looked at last.
+    await client.zadd(KEYS.active(MODEL, Lane.INTERACTIVE, DEFAULT_BAND), {"first": 1e9})
+    await enqueue_all(broker, [make_job(tenant=f"t{n}") for n in range(30)])
+    await client.zadd(KEYS.active(MODEL, Lane.INTERACTIVE, DEFAULT_BAND), {f"t{n}": n for n in range(30)})
+    for lane in (Lane.BACKGROUND, Lane.BATCH):
+        await broker.jobs.enqueue(make_job(lane=lane, tenant="other"))
+    ages = []
+    for _ in range(9):
+        await broker.maintenance.expire()
+        lanes = (await broker.stats.depths())[MODEL]
+        ages.append(lanes[Lane.INTERACTIVE].oldest_age_ms >= 300)
+    assert 2 <= ages.index(True) <= 5
+    assert all(ages[ages.index(True) :])
+    assert {lane: depth.deadline_ms is not None for lane, depth in lanes.items()} == dict.fromkeys(Lane, True)
+    assert (lanes[Lane.INTERACTIVE].deadline_ms or 0) < 50_000
+    for _ in range(33):
+        await worker.claim(1)
+    await broker.maintenance.expire()
+    assert await client.hgetall(KEYS.heads) == {}
+
+
+async def test_a_new_sweeper_forgets_what_the_last_one_noted(
+    broker: Broker, worker: Puller, client: Any, connect: Connect
+) -> None:
+    """It may have been replaced before the jobs ended."""
+    await broker.jobs.enqueue(make_job())
+    await broker.maintenance.expire()
+    assert len(await client.hkeys(KEYS.heads)) == 1
+    await worker.claim(1)
+    await (await connect()).maintenance.expire()
+    assert await client.hkeys(KEYS.heads) == []
+
+
+async def test_reading_depths_looks_at_no_tenant(real_backend: ServerBackend) -> None:
+    """It runs as many commands for a thousand waiting tenants as for one: strangers ask for it."""
+    broker, client = await real_backend.connect(), real_backend.client()
+    try:
+        counts = []
+        for tenants in (range(1), range(1, 1_000)):
+            await asyncio.gather(*(broker.jobs.enqueue(make_job(tenant=f"t{n}")) for n in tenants))
+            await broker.maintenance.expire()
+            await client.config_resetstat()
+            assert (await broker.stats.depths())[MODEL][Lane.INTERACTIVE].waiting == tenants.stop
+            stats = await client.info("commandstats")
+            counts.append({name: one["calls"] for name, one in stats.items() if "config" not in name})
+        assert counts[0] == counts[1]
+    finally:
+        await broker.close()
+        await client.aclose()
 
 
 async def test_a_newcomer_waits_its_turn_also_after_the_clock_was_forgotten(

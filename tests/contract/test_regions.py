@@ -522,6 +522,7 @@ async def test_every_key_is_one_of_the_contract(broker: Broker, client: Any) -> 
             KEYS.clock,
             KEYS.renewals,
             KEYS.deadlines,
+            KEYS.heads,
             KEYS.budget,
             KEYS.counters,
         ),

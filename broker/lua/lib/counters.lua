@@ -13,6 +13,12 @@ local function add(hash, field, by)
   changes[hash][field] = (changes[hash][field] or 0) + by
 end
 
+local function names_of(set)
+  local names = {}
+  for name in pairs(set) do names[#names + 1] = name end
+  return names
+end
+
 -- Reads those fields that this call does not know yet.
 local function read(hash, fields)
   local unknown = {}

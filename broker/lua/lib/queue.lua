@@ -63,18 +63,15 @@ local function requeue(job, ...)
   transition(job, 'queued', ...)
 end
 
-local MAX_TENANTS = 256 -- of a band, looked at in one call
-
--- The waiting streams of a queue key, of each band those of the ``max_tenants`` that were served least; and whether these
--- are all of them.
-local function streams_at(key, max_tenants)
-  local queues, are_all = { 'retry:' .. key, 'suspects:' .. key }, true
+-- The waiting streams of a queue key, of each band those of ``max_tenants`` at most: by what they were served the least
+-- first, and behind ``from`` others. And whether these are the last.
+local function streams_at(key, max_tenants, from)
+  local queues, are_last, first = { 'retry:' .. key, 'suspects:' .. key }, true, from or 0
   for band = 0, 3 do
-    local tenants = call('ZRANGE', P .. 'active:' .. key .. ':' .. band, 0, max_tenants)
-    are_all = are_all and #tenants <= max_tenants
-    for i = 1, math.min(#tenants, max_tenants) do
-      queues[#queues + 1] = 'q:' .. key .. ':' .. band .. ':' .. tenants[i]
-    end
+    local tenants = call('ZRANGE', P .. 'active:' .. key .. ':' .. band, first, first + max_tenants)
+    are_last = are_last and #tenants <= max_tenants
+    local of_band = 'q:' .. key .. ':' .. band .. ':'
+    for i = 1, math.min(#tenants, max_tenants) do queues[#queues + 1] = of_band .. tenants[i] end
   end
-  return queues, are_all
+  return queues, are_last
 end

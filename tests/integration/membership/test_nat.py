@@ -28,22 +28,22 @@ PASSWORD = "of-this-test"
 SCRIPTS = {
     "worker": (
         *("join", "claim", "renew", "reconcile_leases", "settle", "attach", "release", "clear_suspicion"),
-        *("act_as_manager", "reclaim", "expire", "audit"),
+        *("act_as_manager", "reclaim", "expire", "survey", "audit"),
     ),
     "router": (
-        *("enqueue", "attach", "detach", "resume", "raise_epoch", "cancel", "depth"),
+        *("enqueue", "attach", "detach", "resume", "raise_epoch", "cancel"),
         *("show_persisted", "delete_persisted", "keep_reply_stream", "delete_dead_letters"),
     ),
-    "manager": ("act_as_manager", "reclaim", "expire", "audit", "depth"),
+    "manager": ("act_as_manager", "reclaim", "expire", "survey", "audit"),
 }
 """What each role runs of ``broker/lua``; a worker that leaves reclaims itself, and sweeps for a missing Manager."""
 ITSELF = {
-    "worker": "ping info time hget hgetall hsetnx eval evalsha memory|usage xread xadd xtrim",
+    "worker": "ping info time hget hgetall hkeys hset hsetnx hdel eval evalsha memory|usage xread xadd xtrim",
     "router": (
         "ping info time get hget hmget hsetnx hgetall hset hdel eval evalsha xread xrange xadd xtrim "
         "zrem zrevrangebylex"
     ),
-    "manager": "ping info time hget hmget hsetnx hgetall hset hdel eval evalsha xadd config|get",
+    "manager": "ping info time hget hmget hsetnx hgetall hkeys hset hdel eval evalsha xadd config|get",
 }
 """What each role sends beside scripts."""
 PASSED_OVER = {b"config|get", b"client|setinfo"}
