@@ -36,14 +36,14 @@ class Scene:
         def start(leases: Sequence[Lease], _group: asyncio.TaskGroup) -> None:
             self.started += leases
 
-        def counter(_model: str, region: str) -> Any:
-            return SimpleNamespace(inc=lambda: self.remote.update([region]))
+        def remote(_model: str, region: str) -> None:
+            self.remote.update([region])
 
         self.asked: list[str] = []
         attempts = SimpleNamespace(start=start, has=lambda attempt: attempt in {one.attempt_id for one in self.started})
         self.context = context = SimpleNamespace(
             settings=SimpleNamespace(region="eu"),
-            metrics=SimpleNamespace(remote=counter),
+            metrics=SimpleNamespace(remote=remote),
             drain=asyncio.Event(),
             switching=None,
         )

@@ -309,18 +309,20 @@ class SlotsMachine(RuleBasedStateMachine):
     @invariant()
     def never_promises_more_than_it_has(self) -> None:
         """What runs, what is on its way, what a claim may bring and what may be handed over fit the slots; what
-        does not fit a lowered number of them does not grow."""
-        promised = sum(self.unread.values())
+        does not fit a lowered number of them does not grow, but by what was offered before the queue knew."""
+        promised, late = sum(self.unread.values()), 0
         for shard in (0, 1):
             if shard in self.sent:
                 claim = self.sent[shard]
                 asked = max(claim.n, claim.offer)
-                promised += asked - min(self.handed_over[shard] - claim.received, asked)
+                open_slots = asked - min(self.handed_over[shard] - claim.received, asked)
+                promised += open_slots
+                late += max(self.offered[shard] - open_slots, 0)
             else:
                 promised += self.offered[shard]
         promised += self.slots.busy
         assert 0 <= promised <= max(self.slots.total, self.promised_before)
-        self.promised_before = promised
+        self.promised_before = promised + late
 
     @invariant()
     def what_is_due_is_claimed(self) -> None:
