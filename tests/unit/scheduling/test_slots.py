@@ -57,19 +57,26 @@ class ToyEngine:
             self.done[worker] = self.done.get(worker, 0) + 1
 
     def start(self) -> None:
-        while self.waiting and len(self.running) < self.capacity and self.used + 1 <= self.kv:
+        used = self.used  # kept up to date: adding it up for each request would make this the longest of all tests
+        while self.waiting and len(self.running) < self.capacity and used + 1 <= self.kv:
             length = max(1, round(self.random.expovariate(1 / self.mean_steps)))
             heapq.heappush(self.running, (self.now + length, self.now, self.waiting.pop(0)))
-        while self.used > self.kv and len(self.running) > 1:
+            used += 1
+        while used > self.kv and len(self.running) > 1:
             youngest = max(self.running, key=lambda run: run[1])
             self.running.remove(youngest)
             heapq.heapify(self.running)
             self.waiting.insert(0, youngest[2])
+            used -= self._held(youngest)
             self.preempted += 1
 
     @property
     def used(self) -> float:
-        return sum(1 + (self.weight - 1) * (self.now - began) / (ends - began) for ends, began, _ in self.running)
+        return sum(map(self._held, self.running))
+
+    def _held(self, run: tuple[int, int, int]) -> float:
+        ends, began, _ = run
+        return 1 + (self.weight - 1) * (self.now - began) / (ends - began)
 
     def load(self) -> EngineLoad:
         kv_usage = min(self.used / self.kv, 1.0)
@@ -162,11 +169,11 @@ def test_it_follows_an_engine_whose_capacity_changes() -> None:
 @settings(deadline=None, max_examples=15)
 @given(kv=st.integers(40, 100), weight=st.floats(1.5, 6), seed=st.integers(0, 1_000))
 def test_a_full_kv_cache_is_not_thrashed(kv: int, weight: float, seed: int) -> None:
-    """Where memory is the bound, far fewer requests are computed again, and at least nearly as many end. (Where
-    a handful fit, one slot less is a fifth.)"""
-    outcomes = []
+    """Where memory is the bound, far fewer requests are computed again, and nearly as many end: 85 %, or one slot less
+    of an engine that has few."""
+    outcomes, steps = [], 20
     for adapts in (False, True):
-        fleet = Fleet(ToyEngine(1_000, Random(seed), 20, kv, weight), SlotBounds(120, 120), adapts=adapts)
+        fleet = Fleet(ToyEngine(1_000, Random(seed), steps, kv, weight), SlotBounds(120, 120), adapts=adapts)
         fleet.run(120)
         preempted, done = fleet.engine.preempted, sum(fleet.engine.done.values())
         fleet.waited.clear()
@@ -174,7 +181,7 @@ def test_a_full_kv_cache_is_not_thrashed(kv: int, weight: float, seed: int) -> N
         outcomes.append((fleet.engine.preempted - preempted, sum(fleet.engine.done.values()) - done, fleet.waited))
     (fixed, fixed_done, fixed_waited), (adaptive, adaptive_done, waited) = outcomes
     assert adaptive <= 0.2 * fixed + 10
-    assert adaptive_done >= 0.8 * fixed_done
+    assert adaptive_done >= 0.85 * fixed_done - 150 * STEPS_PER_READING / steps
     assert sum(waited) <= 0.05 * sum(fixed_waited)
 
 

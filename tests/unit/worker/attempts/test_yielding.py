@@ -158,8 +158,9 @@ async def test_an_engine_that_says_no_tokens_holds_up_one_attempt_at_a_time(monk
         assert loop.time() - began < 0.1
     assert silent.asked == 1
     await asyncio.sleep(0.3)
+    monkeypatch.setattr("worker.attempts.continuation_planner.PROBE_WAIT_S", 10)  # what is known counts meanwhile
     async with scene.bench.running(line(), line()):
-        await eventually(lambda: len(scene.engine.asked) == 7, "the other one is asked for", every_s=0.01)
+        await eventually(lambda: len(scene.engine.asked) == 7, "the other one is asked for", limit_s=0.15, every_s=0.01)
         assert silent.asked == 2
 
 

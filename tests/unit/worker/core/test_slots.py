@@ -508,6 +508,27 @@ def test_a_slot_that_was_given_up_is_claimed_for_an_interactive_job() -> None:
             slots.yielded(0)
 
 
+def test_a_slot_that_was_given_up_is_spoken_for_until_its_claim_is_answered() -> None:
+    """For another interactive job it is not spare; one that a job left at its end is."""
+    slots = ready_slots(3)
+    claim = slots.next_claim(0, 0.0)
+    assert claim is not None
+    slots.answered(claim, Claimed((make_lease(), make_lease(), make_lease())), 0.0)
+    slots.freed()
+    slots.yielded(0)
+    assert slots.spare == 0
+    claim = slots.next_claim(0, 0.0)
+    assert claim is not None
+    assert (claim.n, claim.given_up, slots.spare) == (1, 1, 0)
+    slots.freed()
+    assert slots.spare == 1
+    slots.answered(claim, Claimed((make_lease(),)), 0.0)
+    assert slots.spare == 1
+    again = slots.next_claim(0, 0.0)
+    assert again is not None
+    assert (again.given_up, slots.spare) == (0, 1)
+
+
 def test_an_engine_that_stopped_begins_with_an_empty_cache() -> None:
     """Every claim says which cache it is; one that is repeated says what it said."""
     slots = ready_slots(4)
