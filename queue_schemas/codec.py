@@ -47,7 +47,22 @@ def decode_all(data: bytes) -> list[Any]:
     size = len(data)
     if size > MAX_MESSAGE_BYTES:
         raise BadMessage(f"message of {size} bytes; the limit is {MAX_MESSAGE_BYTES}")
-    unpacker = _unpacker(size)
+    if _REUSED_ELEMENTS <= size <= MAX_ELEMENTS:
+        try:
+            unpacker = _unpackers.pop()
+        except IndexError:
+            unpacker = msgpack.Unpacker(**_LIMITS_OF_REUSED, max_buffer_size=MAX_ELEMENTS)
+        try:
+            values = _read_all(unpacker, data)
+        except BadMessage:
+            pass  # or it is larger than a frame: what it may be, its own limits say
+        else:
+            _unpackers.append(unpacker)  # nothing of this message is left in it
+            return values
+    return _read_all(msgpack.Unpacker(**_limits(size), max_buffer_size=max(size, 1)), data)
+
+
+def _read_all(unpacker: Any, data: bytes) -> list[Any]:
     start = end = unpacker.tell()
     unpacker.feed(data)
     values = []
@@ -59,21 +74,9 @@ def decode_all(data: bytes) -> list[Any]:
             end = unpacker.tell()
     except (ValueError, msgpack.UnpackException, RecursionError) as error:
         raise BadMessage(f"not a valid message: {error}") from error
-    if end - start != size:
+    if end - start != len(data):
         raise BadMessage("the message is cut short")
-    if size <= MAX_ELEMENTS:  # nothing of this message is left in it
-        _unpackers.append(unpacker)
     return values
-
-
-def _unpacker(size: int) -> Any:
-    """An unpacker for a message of ``size`` bytes."""
-    if size > MAX_ELEMENTS:
-        return msgpack.Unpacker(**_LIMITS_OF_LARGE, max_buffer_size=size)
-    try:
-        return _unpackers.pop()
-    except IndexError:
-        return msgpack.Unpacker(**_LIMITS, max_buffer_size=MAX_ELEMENTS)
 
 
 def _limits(size: int) -> dict[str, Any]:
@@ -87,6 +90,10 @@ def _refuse_extension(code: int, _data: bytes) -> Any:
 
 _LIMITS: dict[str, Any] = {"max_ext_len": 0, "ext_hook": _refuse_extension, "timestamp": 0}
 _LIMITS_OF_LARGE = _LIMITS | {"max_array_len": MAX_ELEMENTS, "max_map_len": MAX_ELEMENTS}
+_REUSED_ELEMENTS = 32
+_LIMITS_OF_REUSED = _LIMITS | {"max_array_len": _REUSED_ELEMENTS, "max_map_len": _REUSED_ELEMENTS}
+# An unpacker that reads many messages cannot have the limits of each: it reads what has no longer array or map than a
+# frame, which is no more than any of its messages may claim.
 
 
 _NESTING = frozenset({list, dict})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import msgpack
@@ -129,6 +130,25 @@ def test_the_size_of_a_message_is_bounded(monkeypatch: pytest.MonkeyPatch) -> No
     for read in (decode, decode_all):
         with pytest.raises(BadMessage, match="limit is 10"):
             read(encode(b"0123456789"))
+
+
+def test_nested_headers_allocate_no_more_than_their_message_has() -> None:
+    """A thousand arrays in each other, each said to have 60,000 elements: of five kilobytes."""
+    decode_all(encode([1] * 40))  # an unpacker that is used again
+    tracemalloc.start()
+    try:
+        with pytest.raises(BadMessage, match="exceeds max_array_len"):
+            decode_all(b"\xdd\x00\x00\xea\x60" * 1_000)
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("number", [31, 32, 33, 5_000])
+def test_arrays_and_maps_of_any_size_are_read(number: int) -> None:
+    """Those that are larger than a frame's as well."""
+    values = [list(range(number)), {str(key): key for key in range(number)}]
+    assert decode_all(b"".join(map(encode, values))) == values
 
 
 @pytest.mark.parametrize("bad", [b"\x92\x01", b"\xc1", encode([1]) + b"\xdc", encode(msgpack.packb(1)) + b"\x91"])
