@@ -136,7 +136,7 @@ def dwell_s(worker: PlacedWorker, rules: PoolRules) -> float:
 
 @record
 class _Loss:
-    """What is lost with ``worker``, whoever gets it. ``order``: of two that are equally good, the lesser goes. The rest
+    """The cost of losing ``worker``, for any taker. ``order``: of two that are equally good, the lesser goes. The rest
     is about those of its pools that have jobs, and the workers that would be left to them:
 
     ``fits``: they have room; ``may_wait``: or their jobs are batches and background jobs in time. ``late_s``: how late
@@ -295,7 +295,7 @@ class _Fleet:
         return self._pools.get(model) or PoolDemand(model=model)
 
     def _loss(self, worker: PlacedWorker) -> _Loss | None:
-        """What is lost with ``worker``; None if its pools cannot spare it, whoever wants it."""
+        """The cost of losing ``worker``; None if its pools cannot spare it for any taker."""
         if worker.worker_id not in self._losses:
             self._losses[worker.worker_id] = self._loss_of(worker)
         return self._losses[worker.worker_id]

@@ -23,15 +23,9 @@ local BUDGETS = { 'tenant_jobs', 'tenant_bytes', 'pool_jobs', 'pool_bytes', 'ten
 local LIMITS = { tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]) }
 local attempt_base, handed_over = ARGV[7], 0
 
-local function budgets_of(tenant, pool, is_persisted)
-  local t, p = 't:' .. tenant, 'p:' .. pool
-  return { t .. ':jobs', t .. ':bytes', p .. ':jobs', p .. ':bytes', is_persisted and t .. ':persisted' or nil }
-end
-
--- The first budget that a job would exceed; nil if there is room.
-local function over_budget(tenant, pool, size, persisted_bytes)
-  local more, fields = { 1, size, 1, size, persisted_bytes }, budgets_of(tenant, pool, persisted_bytes)
-  read('budget', fields)
+-- The first of the budgets ``fields`` that a job would exceed; nil if there is room.
+local function over_budget(fields, size, persisted_bytes)
+  local more = { 1, size, 1, size, persisted_bytes }
   for i, field in ipairs(fields) do
     if counter('budget', field) + more[i] > LIMITS[i] then return BUDGETS[i] end
   end
@@ -60,7 +54,7 @@ local function persist(job, router, retention_ms, idem, request, listed, topic, 
   if router ~= '' then listen(job.id, router, job.deadline) end
 end
 
-local function enqueue(id, envelope, pool, lane, band, tenant, reply, persisted, ttl_ms, max, region, remote_after_ms, resume,
+local function enqueue(budgets, id, envelope, pool, lane, band, tenant, reply, persisted, ttl_ms, max, region, remote_after_ms, resume,
     cost, weight, patience, retention_ms, idem, request, listed, topic, metadata, digests)
   local key, size, is_persisted = P .. 'job:' .. id, string.len(envelope), persisted == '1'
   local earlier = load_job(id)
@@ -70,7 +64,7 @@ local function enqueue(id, envelope, pool, lane, band, tenant, reply, persisted,
   end
   local refusal = idem ~= '' and holder(idem, request)
   if refusal then return refusal end
-  local over = over_budget(tenant, pool, size, is_persisted and PERSISTED_BYTES + string.len(metadata))
+  local over = over_budget(budgets, size, is_persisted and PERSISTED_BYTES + string.len(metadata))
   if over then return 'over ' .. over end
 
   local deadline, shared = int(now + tonumber(ttl_ms)), pool .. ':' .. lane
@@ -118,11 +112,13 @@ local function enqueue(id, envelope, pool, lane, band, tenant, reply, persisted,
   return job.predicted ~= '' and 'queued ' .. job.predicted or 'queued'
 end
 
-local answers, budgets = {}, {}
-for i = 8, #ARGV > 30 and #ARGV or 0, 23 do -- those of many tenants cost one command
-  for _, field in ipairs(budgets_of(ARGV[i + 5], ARGV[i + 2], ARGV[i + 7] == '1')) do budgets[field] = true end
+local answers, budgets, all = {}, {}, {} -- by job, in the order of BUDGETS; those of many tenants are read by one command
+for i = 8, #ARGV, 23 do
+  local t, p, is_persisted = 't:' .. ARGV[i + 5], 'p:' .. ARGV[i + 2], ARGV[i + 7] == '1'
+  budgets[i] = { t .. ':jobs', t .. ':bytes', p .. ':jobs', p .. ':bytes', is_persisted and t .. ':persisted' or nil }
+  for _, field in ipairs(budgets[i]) do all[field] = true end
 end
-read('budget', names_of(budgets))
-for i = 8, #ARGV, 23 do answers[#answers + 1] = enqueue(unpack(ARGV, i, i + 22)) end
+read('budget', names_of(all))
+for i = 8, #ARGV, 23 do answers[#answers + 1] = enqueue(budgets[i], unpack(ARGV, i, i + 22)) end
 write_offers()
 return write_counters_and_return(answers)

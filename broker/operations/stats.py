@@ -62,8 +62,8 @@ class QueueStats:
         read = self._caller.command if away is None else self._caller.once
 
         async def ask(keys: ShardKeys) -> Any:
-            counts = await read(keys.counters, "HGETALL", keys.counters)
-            return counts, await read(keys.heads, "HGETALL", keys.heads)
+            hashes = (keys.counters, keys.heads)  # both in one round trip
+            return await asyncio.gather(*(read(key, "HGETALL", key) for key in hashes))
 
         for counted, heads in await self._ask_each(ask, away):
             counts = dict(pairs(counted))

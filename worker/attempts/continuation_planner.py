@@ -131,11 +131,11 @@ class Continuations:
     async def plan(self, job: Job) -> Continuation:
         """As :func:`plan_continuation`. A job of which nobody has seen anything is not held up by an engine that does
         not answer: it is ``NotContinuable``, at once while the engine is known to be silent."""
-        key, now = (job.model, job.path), asyncio.get_running_loop().time
-        found = self._found.get(key)
         if job.stream:
             return await plan_continuation(self._engine, job)
-        if found is not None and found.silences and now() < found.until:
+        key = (job.model, job.path)
+        found = self._found.get(key)
+        if found is not None and found.silences and asyncio.get_running_loop().time() < found.until:
             raise NotContinuable("it did not answer of late when it was asked for tokens")
         try:
             return await plan_continuation(self._engine, job)

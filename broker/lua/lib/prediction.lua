@@ -13,11 +13,13 @@ local own_jobs = {} -- by waiting stream: how many wait there, as far as this ca
 -- little was seen or nothing runs; and how many jobs go before it.
 local function predicted_wait(job, own)
   local fields, sums, lane_of, is_above = {}, {}, without_region(job.lane), true
-  for _, lane in ipairs(is_pool_read[job.pool] and {} or LANES) do
-    for _, kind in ipairs(KINDS) do fields[#fields + 1] = job.pool .. ':' .. lane .. kind end
+  if not is_pool_read[job.pool] then
+    for _, lane in ipairs(LANES) do
+      for _, kind in ipairs(KINDS) do fields[#fields + 1] = job.pool .. ':' .. lane .. kind end
+    end
+    read('counters', fields)
+    is_pool_read[job.pool] = true
   end
-  read('counters', fields)
-  is_pool_read[job.pool] = true
   local ahead, jobs, below = 0, 0, 0
   for _, lane in ipairs(LANES) do
     local at = job.pool .. ':' .. lane

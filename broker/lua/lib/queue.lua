@@ -37,25 +37,27 @@ local function job_of_entry(queue, entry)
   drop_entry(queue, entry)
 end
 
+-- Puts a job at the end of its queue, with more fields beside; its record has to be saved.
+local function add_entry(job, ...)
+  count_waiting(queue_key(job), 1, job.cost)
+  lengths[job.queue] = nil
+  job.entry = call('XADD', P .. job.queue, '*', 'id', job.id, 'of', job.tenant .. ' ' .. job.size .. ' ' .. job.cost, ...)
+end
+
 -- Puts a new job in line; its record has to be saved.
 local function add_new_entry(job, digests)
   local of_band = queue_key(job) .. ':' .. job.band
   job.queue = 'q:' .. of_band .. ':' .. job.tenant
   activate(of_band, job.tenant)
-  count_waiting(queue_key(job), 1, job.cost)
   local has_digests, wait = (digests or '') ~= '', queue_key(job) .. ':wait'
   if has_digests and counter('counters', wait) == 0 then add('counters', wait, 1) end
-  lengths[job.queue] = nil
-  job.entry = call('XADD', P .. job.queue, '*', 'id', job.id, 'of', job.tenant .. ' ' .. job.size .. ' ' .. job.cost,
-    unpack(has_digests and { 'digests', digests } or {}))
+  add_entry(job, unpack(has_digests and { 'digests', digests } or {}))
 end
 
 -- Puts a job whose attempt ended in line again, ahead of new work; its record has to be saved.
 local function add_retry_entry(job)
   job.queue = (is_suspect(job) and 'suspects:' or 'retry:') .. queue_key(job)
-  count_waiting(queue_key(job), 1, job.cost)
-  lengths[job.queue] = nil
-  job.entry = call('XADD', P .. job.queue, '*', 'id', job.id, 'of', job.tenant .. ' ' .. job.size .. ' ' .. job.cost)
+  add_entry(job)
 end
 
 local function requeue(job, ...)
