@@ -23,6 +23,7 @@ from scheduling.slots import EngineLoad
 from telemetry import get_logger
 
 from ..core import read_load
+from .adapter_calls import load_adapter, unload_adapter
 from .connection import ConnectionPool, EngineConnection
 from .port import EngineAnswer, EngineCall
 from .step_reader import StepReader
@@ -122,6 +123,12 @@ class HttpEngine:
         self._known.tells_load |= load is not None
         return load
 
+    async def load_adapter(self, name: str, path: str) -> None:
+        self.models = await load_adapter(self, name, path)
+
+    async def unload_adapter(self, name: str) -> None:
+        self.models = await unload_adapter(self, name)
+
     async def stop(self, limit_s: float) -> None:
         """Close the connections: the engine itself is not ours to end."""
         self._pool.close()
@@ -192,8 +199,16 @@ class HttpEngine:
 
     async def _get(self, path: str, limit_bytes: int = _MAX_PAGE_BYTES) -> tuple[int, bytes]:
         """Status and body of a page; of one that is larger than the limit, more than so many bytes of it."""
-        request = f"GET {self._prefix}{path} HTTP/1.1\r\n{self._always}\r\n".encode("latin-1")
-        async with asyncio.timeout(CHECK_LIMIT_S), _Call(self._pool, request, _Known()) as answer:
+        async with asyncio.timeout(CHECK_LIMIT_S):
+            return await self.exchange("GET", path, limit_bytes=limit_bytes)
+
+    async def exchange(
+        self, method: str, path: str, body: bytes = b"", limit_bytes: int = _MAX_PAGE_BYTES
+    ) -> tuple[int, bytes]:
+        """Status and body of the answer to a call that is no inference; ``body`` is JSON."""
+        about = f"content-type: application/json\r\ncontent-length: {len(body)}\r\n" if body else ""
+        request = f"{method} {self._prefix}{path} HTTP/1.1\r\n{self._always}{about}\r\n".encode("latin-1") + body
+        async with _Call(self._pool, request, _Known()) as answer:
             return answer.status, await answer.read(limit_bytes)
 
 

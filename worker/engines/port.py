@@ -143,6 +143,18 @@ class Engine(Protocol):
         """What it says of its load now; None if it says nothing that can be believed within 2 s."""
         ...
 
+    async def load_adapter(self, name: str, path: str) -> None:
+        """Load the LoRA adapter in the engine's folder ``path``; it is among ``models`` then, as ``name``.
+
+        Raises ``AdapterRefused`` and ``AdaptersUnsupported`` (:mod:`worker.engines.adapter_calls`) with the reason, and
+        ``EngineFailed`` for an engine that is not reached.
+        """
+        ...
+
+    async def unload_adapter(self, name: str) -> None:
+        """Unload it: it is not among ``models`` then. Raises as :meth:`load_adapter` does."""
+        ...
+
     async def stop(self, limit_s: float) -> None:
         """End the engine (if it is ours to end) and free what it holds, within ``limit_s`` seconds."""
         ...

@@ -161,6 +161,25 @@ class ProcessEngine:
     async def load(self) -> EngineLoad | None:
         return await self._http.load() if self.state is EngineState.READY else None
 
+    async def load_adapter(self, name: str, path: str) -> None:
+        http = self._ready_http()
+        await http.load_adapter(name, path)
+        self._take_models(http)
+
+    async def unload_adapter(self, name: str) -> None:
+        http = self._ready_http()
+        await http.unload_adapter(name)
+        self._take_models(http)
+
+    def _ready_http(self) -> HttpEngine:
+        if self.state is not EngineState.READY:
+            raise EngineFailed(f"{self.detail}: try again")
+        return self._http
+
+    def _take_models(self, http: HttpEngine) -> None:
+        if http is self._http:  # else the process was started anew meanwhile, without adapters
+            self.models = http.models
+
     async def stop(self, limit_s: float) -> None:
         """SIGTERM to the process, SIGKILL to its whole group when the limit is over."""
         await self._end(limit_s)

@@ -38,6 +38,7 @@ _ON_CPU = {
     # Two servers on one machine would otherwise pin themselves to the same core.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
+_LOADS_ADAPTERS = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
 _CPU_ARGUMENTS = ("--enforce-eager", "--distributed-executor-backend", "uni")
 
 
@@ -74,9 +75,11 @@ def vllm_launch(
     served_name: str = "",
     device: Device = "auto",
     media_domains: Sequence[str] = (),
+    max_adapters: int = 0,
     arguments: Sequence[str] = (),
 ) -> Callable[[int], Launch]:
     """How to serve ``model`` (a model id or a folder) on a given port. ``arguments`` go to ``vllm serve`` last.
+    ``max_adapters``: of LoRA adapters that are loaded while it serves; 0: none can be.
 
     It fetches media from ``media_domains`` alone, without following redirects; ``*`` is any host.
     """
@@ -89,9 +92,12 @@ def vllm_launch(
             command += ["--served-model-name", served_name]
         if ANY_HOST not in media_domains:
             command += ["--allowed-media-domains", *(map(str.lower, media_domains) if media_domains else (_NO_HOST,))]
+        if max_adapters:
+            command += ["--enable-lora", "--max-loras", str(max_adapters)]
         if on_cpu:
             command += _CPU_ARGUMENTS
         environment = _ALWAYS | (_OFFLINE if local else {}) | (_ON_CPU if on_cpu else {})
+        environment |= _LOADS_ADAPTERS if max_adapters else {}
         return Launch((*command, *arguments), environment)
 
     return launch

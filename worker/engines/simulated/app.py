@@ -14,6 +14,7 @@ from contextlib import aclosing
 
 from starlette.types import Receive, Scope, Send
 
+from .adapter_load import AdapterLoad
 from .api.wire import Reply
 from .run import ConnectionClosed, EngineCrashed, Run
 from .simulation import Simulation
@@ -72,11 +73,11 @@ async def _read_body(receive: Receive) -> bytes:
     return b"".join(parts)
 
 
-async def _send_run(receive: Receive, send: Send, run: Run) -> None:
+async def _send_run(receive: Receive, send: Send, run: Run | AdapterLoad) -> None:
     """Send what ``run`` gives; abort it when the client goes away."""
     async with asyncio.TaskGroup() as tasks:
         watcher = tasks.create_task(_watch_client(receive))
-        if run.streams:
+        if isinstance(run, Run) and run.streams:
             await _send_events(send, run)
         else:
             await _send_reply(send, await run.reply())

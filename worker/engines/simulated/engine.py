@@ -15,11 +15,13 @@ from scheduling.slots import EngineLoad
 from telemetry.backoff import Backoff
 
 from ...core import read_load
+from ..adapter_calls import load_adapter, unload_adapter
 from ..port import EngineAnswer, EngineCall, EngineGone
 from ..step_reader import StepReader
+from .adapter_load import AdapterLoad
 from .api import wire
 from .api.wire import Reply
-from .run import ConnectionClosed, EngineCrashed
+from .run import ConnectionClosed, EngineCrashed, Run
 from .settings import SimulationSettings
 from .simulation import Simulation
 
@@ -66,15 +68,11 @@ class SimulatedEngine:
         answer = self.simulation.open("POST", call.path, call.body)
         if isinstance(answer, Reply):
             yield _WholeAnswer(answer)
-        elif answer.streams:
+        elif isinstance(answer, Run) and answer.streams:
             async with aclosing(self._guarded(answer.events())) as pieces:
                 yield _StreamedAnswer(answer.content_type, pieces)
         else:
-            try:
-                reply = await answer.reply()
-            except (EngineCrashed, ConnectionClosed) as error:
-                raise self._failed(error) from error
-            yield _WholeAnswer(reply)
+            yield _WholeAnswer(await self._whole(answer))
 
     async def progress(self) -> int | None:
         """What the engine got done so far."""
@@ -84,6 +82,29 @@ class SimulatedEngine:
         """What its metrics say."""
         return read_load(self.simulation.metrics()) if self.state is EngineState.READY else None
 
+    async def load_adapter(self, name: str, path: str) -> None:
+        """Load an adapter; see the port."""
+        self.models = await load_adapter(self, name, path)
+
+    async def unload_adapter(self, name: str) -> None:
+        """Unload it."""
+        self.models = await unload_adapter(self, name)
+
+    async def exchange(self, method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
+        """Status and body of the answer to a call that is no inference."""
+        if self.state is not EngineState.READY:
+            raise EngineFailed(f"{self.detail}: try again")
+        answer = self.simulation.open(method, path, body)
+        reply = answer if isinstance(answer, Reply) else await self._whole(answer)
+        return reply.status, reply.body
+
+    async def list_models(self) -> tuple[str, ...]:
+        """The models that it serves now, adapters included; their cards are noted."""
+        settings = self.simulation.settings
+        listed = orjson.loads(wire.model_list(settings, 0))["data"]
+        self.cards = bounded_cards({model["id"]: model for model in listed})
+        return (*settings.models, *settings.adapters)
+
     async def stop(self, limit_s: float) -> None:
         """End it: every call that still runs fails."""
         self._fail("the simulated engine was stopped")
@@ -92,9 +113,13 @@ class SimulatedEngine:
         self.state, self.detail = EngineState.STARTING, "the simulated engine is loading its model"
         await self.simulation.until_ready()
         self.state, self.detail = EngineState.READY, ""
-        self.models = (*self.settings.models, *self.settings.adapters)
-        listed = orjson.loads(wire.model_list(self.settings, 0))["data"]
-        self.cards = bounded_cards({model["id"]: model for model in listed})
+        self.models = await self.list_models()
+
+    async def _whole(self, answer: Run | AdapterLoad) -> Reply:
+        try:
+            return await answer.reply()
+        except (EngineCrashed, ConnectionClosed) as error:
+            raise self._failed(error) from error
 
     async def _guarded(self, events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
         async with aclosing(events):

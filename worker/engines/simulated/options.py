@@ -44,6 +44,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--nondeterministic", action="store_true", help="words are drawn anew for each request")
     parser.add_argument("--template-trims", action="store_true", help="the chat template strips what is to go on")
     parser.add_argument("--no-tokenize", action="store_true", help="there is no /tokenize and no /detokenize")
+    parser.add_argument("--no-adapter-updates", action="store_true", help="adapters cannot be loaded while it serves")
+    parser.add_argument("--adapter-load-ms", type=float, default=default.adapter_load_ms, help="of each adapter")
+    parser.add_argument("--max-adapters", type=int, default=default.max_adapters, help="that are loaded at once")
     parser.add_argument("--start-ms", type=float, default=0.0, help="time until it is ready")
     parser.add_argument("--never-ready", action="store_true")
     kinds = ", ".join(FailureKind)
@@ -79,6 +82,9 @@ def read_options(argv: Sequence[str] | None = None) -> tuple[str, int, Simulatio
             nondeterministic=options.nondeterministic,
             template_trims=options.template_trims,
             tokenizes=not options.no_tokenize,
+            adapter_updates=not options.no_adapter_updates,
+            adapter_load_ms=options.adapter_load_ms,
+            max_adapters=options.max_adapters,
             failure_rates=parse_rates(options.fail_rate),
         )
     except ValueError as error:

@@ -33,6 +33,9 @@ class SimulationSettings:
 
     ``nondeterministic`` draws the words of a text answer anew each time. ``template_trims`` is a chat template that
     strips the message that is to go on; ``tokenizes`` is whether there are ``/tokenize`` and ``/detokenize``.
+
+    With ``adapter_updates`` adapters are loaded, ``max_adapters`` at most and each in ``adapter_load_ms``, and unloaded
+    while it serves, as vLLM does.
     """
 
     models: tuple[str, ...] = ("sim",)
@@ -56,15 +59,24 @@ class SimulationSettings:
     nondeterministic: bool = False
     template_trims: bool = False
     tokenizes: bool = True
+    adapter_updates: bool = True
+    adapter_load_ms: float = 0.0
+    max_adapters: int = 1024
     failure_rates: Mapping[FailureKind, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.models:
             raise ValueError("a simulated engine needs at least one model")
-        for name in ("answer_tokens", "max_model_len", "max_num_seqs", "block_tokens", "embedding_dimensions"):
+        for name in (
+            *("answer_tokens", "max_model_len", "max_num_seqs", "block_tokens", "embedding_dimensions"),
+            "max_adapters",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
-        for name in ("ttft_ms", "prefill_us_per_token", "tokens_per_s", "prefix_cache_blocks", "kv_cache_tokens"):
+        for name in (
+            *("ttft_ms", "prefill_us_per_token", "tokens_per_s", "prefix_cache_blocks", "kv_cache_tokens"),
+            "adapter_load_ms",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative")
         if 0 < self.kv_cache_tokens < self.max_model_len:

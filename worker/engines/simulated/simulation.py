@@ -11,12 +11,16 @@ import secrets
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import NamedTuple
 
 import orjson
 
+from ..adapter_calls import LOAD_PATH, UNLOAD_PATH
+from .adapter_load import AdapterLoad
 from .api import messages, responses, scoring, wire
+from .api.adapters import parse_load, parse_unload
 from .api.answers import Choice, answer, embedding, packed_embedding
 from .api.refusal import RefusedRequest
 from .api.requests import (
@@ -50,7 +54,7 @@ REMEMBERED_BODY_BYTES = 8192
 
 class _Route(NamedTuple):
     method: str
-    handle: Callable[[bytes], Reply | Run]
+    handle: Callable[[bytes], Reply | Run | AdapterLoad]
 
 
 class Simulation:
@@ -77,7 +81,10 @@ class Simulation:
         kv_blocks = settings.kv_cache_tokens // settings.block_tokens
         slots = Slots(settings.max_num_seqs, kv_blocks, settings.block_tokens)
         self._engine = EngineCore(slots, pace, clock)
-        self._routes = {
+        self._routes = self._make_routes(settings)
+
+    def _make_routes(self, settings: SimulationSettings) -> dict[str, _Route]:
+        routes = {
             "/v1/chat/completions": _Route("POST", self._generation(parse_chat)),
             "/v1/completions": _Route("POST", self._generation(parse_completion)),
             "/v1/responses": _Route("POST", self._generation(responses.parse_responses)),
@@ -96,12 +103,18 @@ class Simulation:
             "/pooling": scoring.pooling,
             "/v1/messages/count_tokens": scoring.count_message_tokens,
         }
-        self._routes |= {path: _Route("POST", partial(_answered, handle, settings)) for path, handle in scored.items()}
+        routes |= {path: _Route("POST", partial(_answered, handle, settings)) for path, handle in scored.items()}
         if settings.tokenizes:
-            self._routes |= {
+            routes |= {
                 "/tokenize": _Route("POST", self._tokenize),
                 "/detokenize": _Route("POST", self._detokenize),
             }
+        if settings.adapter_updates:
+            routes |= {
+                LOAD_PATH: _Route("POST", self._load_adapter),
+                UNLOAD_PATH: _Route("POST", self._unload_adapter),
+            }
+        return routes
 
     @property
     def ready(self) -> bool:
@@ -130,8 +143,8 @@ class Simulation:
         """Requests that wait for a slot."""
         return self._engine.slots.waiting
 
-    def open(self, method: str, path: str, body: bytes) -> Reply | Run:
-        """The answer to a request, or the run that will produce it."""
+    def open(self, method: str, path: str, body: bytes) -> Reply | Run | AdapterLoad:
+        """The answer to a request, or what will produce it."""
         route = self._routes.get(path)
         if route is None:
             return _refusal("Not Found", "NotFoundError", 404)
@@ -146,6 +159,26 @@ class Simulation:
                 body = messages.error_object(refusal.message, refusal.status)
                 return Reply(refusal.status, wire.JSON, body)
             return _refusal(refusal.message, refusal.kind, refusal.status, refusal.param)
+
+    def _serve_adapters(self, adapters: tuple[str, ...]) -> None:
+        """Serve these adapters from now on; what was remembered of bodies, which name some, is forgotten."""
+        self.settings = replace(self.settings, adapters=adapters)
+        self._routes = self._make_routes(self.settings)
+
+    def _load_adapter(self, body: bytes) -> Reply | AdapterLoad:
+        name, ordered = parse_load(body, self.settings.adapters, self.settings.max_adapters)
+        failure = None if ordered is None else self._failure(ordered, f"load {name}")
+
+        def loaded() -> Reply:
+            self._serve_adapters(tuple(dict.fromkeys((*self.settings.adapters, name))))
+            return Reply(200, wire.TEXT, f"Success: LoRA adapter '{name}' added successfully.".encode())
+
+        return AdapterLoad(self._engine, self.settings.adapter_load_ms / 1e3, failure, loaded)
+
+    def _unload_adapter(self, body: bytes) -> Reply:
+        name = parse_unload(body, self.settings.adapters)
+        self._serve_adapters(tuple(adapter for adapter in self.settings.adapters if adapter != name))
+        return Reply(200, wire.TEXT, f"Success: LoRA adapter '{name}' removed successfully.".encode())
 
     def crash(self) -> None:
         """End every run at once: each raises :class:`~.run.EngineCrashed`."""

@@ -69,3 +69,15 @@ def test_it_is_found_by_setting_path_and_folder(tmp_path: Path, monkeypatch: pyt
     assert find_vllm(str(named)) == str(named)
     with pytest.raises(CannotStart, match="--vllm-command"):
         find_vllm(str(tmp_path / "missing"))
+
+
+def test_adapters_are_loaded_while_it_serves_only_where_they_are_wanted() -> None:
+    """vLLM has calls for that, which whoever reaches it may make: they are there only then."""
+    launch = vllm_launch("/opt/vllm", "m", max_adapters=8, arguments=["--max-loras", "2"])(7)
+    at = launch.command.index("--enable-lora")
+    assert launch.command[at : at + 3] == ("--enable-lora", "--max-loras", "8")
+    assert launch.command[-2:] == ("--max-loras", "2")  # what is given last counts
+    assert launch.environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "True"
+    without = vllm_launch("/opt/vllm", "m")(7)
+    assert "--enable-lora" not in without.command
+    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in without.environment

@@ -20,6 +20,7 @@ from .requests import Generate
 
 JSON = "application/json"
 EVENTS = f"{EVENT_STREAM}; charset=utf-8"
+TEXT = "text/plain; charset=utf-8"
 METRICS = "text/plain; version=0.0.4; charset=utf-8"
 GARBAGE = b'\x00\xff\xfe{"choices": [<<<\x80 not json, not an event\n\n'
 
