@@ -201,6 +201,12 @@ class ShardKeys:
         (``expired/running``), and one per outcome of affinity (``affinity/warm``)."""
         return f"{self.prefix}counters"
 
+    @property
+    def arrivals(self) -> str:
+        """Hash: ``<pool>:<lane>`` -> ``<jobs> <thousandths>``: how many had come, and what counts of those of late
+        (:mod:`scheduling.arrivals`), as the sweep found them ``at`` (queue ms)."""
+        return f"{self.prefix}arrivals"
+
 
 def keys_of_job(keys: Sequence[ShardKeys], job_id: str) -> ShardKeys:
     """The keys of the shard that holds ``job_id``, out of ``keys`` of all shards.

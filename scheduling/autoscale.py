@@ -17,20 +17,26 @@ from dataclasses import dataclass, field
 from queue_schemas import Lane, LaneDepth, PoolDepth
 
 MAX_REPLICAS = 100_000
+MAX_SLOWDOWN = 4
+"""A job takes at most so many times as long on a full worker as it does now. Where workers were seen to serve less, the
+reason was another one: an engine hung."""
 _MAX_COUNT = 2**40
 """No queue, age or duration is larger; what claims to be is no measurement."""
 
 
 @dataclass(frozen=True, slots=True)
 class LaneLoad:
-    """One lane of a pool now. ``run_ms`` is how long a job keeps its slot, on average, ``deadline_ms`` the time that is
-    left until the earliest deadline of those waiting; None: unknown."""
+    """One lane of a pool now. ``run_ms`` is how long those waiting will keep their slots, on average, ``usual_run_ms``
+    how long jobs kept theirs of late, ``ms_per_cost`` how long for each unit of what they were thought to cost,
+    ``deadline_ms`` the time that is left until the earliest deadline of those waiting; None: unknown."""
 
     waiting: int = 0
     leased: int = 0
     oldest_age_ms: float = 0
     run_ms: float | None = None
     deadline_ms: float | None = None
+    usual_run_ms: float | None = None
+    ms_per_cost: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +60,14 @@ def load_of(pool: PoolDepth) -> PoolLoad:
             oldest_age_ms=depth.oldest_age_ms,
             run_ms=_run_ms(depth),
             deadline_ms=depth.deadline_ms,
+            usual_run_ms=depth.ms_per_job,
+            ms_per_cost=depth.ms_per_cost,
         )
         for lane, depth in pool.lanes.items()
     }
-    return PoolLoad(lanes, workers=pool.workers, slots=pool.slots)
+    interactive = pool.lanes.get(Lane.INTERACTIVE)
+    arrivals_per_s = interactive.arrivals_per_s if interactive else None
+    return PoolLoad(lanes, workers=pool.workers, slots=pool.slots, arrivals_per_s=arrivals_per_s)
 
 
 def _run_ms(depth: LaneDepth) -> float | None:
@@ -73,8 +83,9 @@ class ScalingRules:
 
     An interactive job should wait at most ``target_wait_ms``, background jobs and batches ``background_wait_ms``, all
     the less if their deadline says so. ``worker_slots`` is what a worker has while none is there to tell. Interactive
-    jobs keep at most ``utilization`` of the slots busy, the first job aside. Fewer workers are wanted once no more were
-    for ``scale_in_after_ms``, and for as long as a worker takes to start.
+    jobs take at most ``utilization`` of what workers were seen to serve; where arrivals are unknown, of the slots, the
+    first job aside. Fewer workers are wanted once no more were for ``scale_in_after_ms``, and for as long as a worker
+    takes to start.
     """
 
     min: int = 0
@@ -98,18 +109,25 @@ class Wish:
     why: str
 
 
-def replicas_wanted(load: PoolLoad, rules: ScalingRules, *, start_up_ms: float = 0) -> Wish:
-    """How many workers ``load`` calls for within the bounds of ``rules``. ``start_up_ms`` is how long a new worker
-    takes until it takes work: with known arrivals it is the queue of that time which counts.
+def replicas_wanted(
+    load: PoolLoad, rules: ScalingRules, *, start_up_ms: float = 0, worker_per_s: float | None = None
+) -> Wish:
+    """How many workers ``load`` calls for within the bounds of ``rules``.
+
+    Two figures only someone knows who has watched the pool: ``start_up_ms`` is how long a new worker takes until it
+    takes work, ``worker_per_s`` how many interactive jobs a second one was seen to serve at most
+    (:class:`scheduling.capacity.WorkerCapacity`); 0 and None: unknown.
 
     Of ``n`` slots, each is free again after ``run_ms`` on average, so within the wait ``T`` that is allowed they
     begin ``n * T / run_ms`` jobs beside those that run: all who wait now have begun by then if ``n >= (waiting +
-    leased) / (1 + T / run_ms)``. By Little's law, arrivals keep ``arrivals * run_ms`` slots busy; where they are
-    unknown, so many as are busy now. A ``run_ms`` that is unknown counts as long: each job wants a slot of its own.
-    Background jobs then want one slot until the oldest has waited too long. Where the oldest interactive job has
-    waited too long although all this is met, and no slot is free, one worker more is wanted: some figure is wrong.
+    leased) / (1 + T / run_ms)``. What the slots that are there finish, beyond what comes, before a new worker could
+    take work, needs none. By Little's law, arrivals keep ``arrivals * run_ms`` slots busy: so many are wanted, and as
+    many as are busy now. And as run times are shorter where slots are idle, so many workers that each serves less than
+    it was seen to. A run time that is unknown counts as long: each job wants a slot of its own. Background jobs then
+    want one slot until the oldest has waited too long. Where the oldest interactive job has waited too long although
+    all this is met, and no slot is free, one worker more is wanted: some figure is wrong.
     """
-    if fault := _fault(load):
+    if fault := _fault(load, start_up_ms, worker_per_s):
         return Wish(None, fault)
     per_worker = load.slots / load.workers if load.workers and load.slots else float(rules.worker_slots)
     slots = sum(_slots_wanted(lane, of_lane, load, rules, start_up_ms) for lane, of_lane in load.lanes.items())
@@ -121,40 +139,49 @@ def replicas_wanted(load: PoolLoad, rules: ScalingRules, *, start_up_ms: float =
         wanted = max(wanted, load.workers + 1)
     waiting = sum(lane.waiting for lane in load.lanes.values())
     why = f"{waiting} wait, {leased} run: {_whole(slots)} slots of {per_worker:g} a worker" + (", late" if late else "")
+    if load.arrivals_per_s and worker_per_s:
+        serve = _whole(min(load.arrivals_per_s / worker_per_s / rules.utilization, MAX_SLOWDOWN * slots / per_worker))
+        if serve > wanted:
+            wanted, why = serve, f"{why}; {load.arrivals_per_s:g}/s come, a worker serves {worker_per_s:.3g}/s"
     return Wish(rules.bounded(wanted), why)
 
 
 def _slots_wanted(lane: Lane, load: LaneLoad, pool: PoolLoad, rules: ScalingRules, start_up_ms: float) -> float:
     outstanding = load.waiting + load.leased
-    interactive = lane is Lane.INTERACTIVE
-    if not outstanding and not (interactive and pool.arrivals_per_s):
+    arrivals_per_s = pool.arrivals_per_s if lane is Lane.INTERACTIVE else None
+    if not outstanding and not arrivals_per_s:
         return 0.0
+    interactive = lane is Lane.INTERACTIVE
     wait_ms = rules.target_wait_ms if interactive else rules.background_wait_ms
-    run_ms = load.run_ms
+    run_ms = load.run_ms or load.usual_run_ms
     if load.deadline_ms is not None and load.waiting:
         slack_ms = load.deadline_ms - (run_ms or 0.0)
         if slack_ms >= start_up_ms:  # or no worker can come in time
             wait_ms = min(wait_ms, slack_ms)
     if not run_ms:
         return float(outstanding if interactive or load.oldest_age_ms > wait_ms else min(outstanding, 1))
+    left = float(outstanding)
     busy = float(load.leased)
-    ahead = float(outstanding)
-    if interactive and pool.arrivals_per_s is not None:
-        busy = pool.arrivals_per_s * run_ms / 1000
-        ahead = max(0.0, ahead + (busy - pool.slots) * start_up_ms / run_ms)
-    begun_in_time = ahead / (1 + wait_ms / run_ms)
+    if arrivals_per_s is not None:
+        comes = arrivals_per_s * (load.usual_run_ms or run_ms) / 1000
+        left -= min(left, max(0.0, pool.slots - comes) * start_up_ms / run_ms)
+        busy = max(busy, comes)
+    elif interactive:
+        busy = min(busy, 1.0) + max(0.0, busy - 1.0) / rules.utilization
+    begun_in_time = left / (1 + wait_ms / run_ms)
     if not interactive:
         return begun_in_time  # runs on what the others leave, and may be handed on
-    kept_up_with = min(busy, 1.0) + max(0.0, busy - 1.0) / rules.utilization
-    return max(begun_in_time, kept_up_with, min(outstanding, 1))
+    return max(begun_in_time, busy, min(outstanding, 1))
 
 
-def _fault(load: PoolLoad) -> str:
+def _fault(load: PoolLoad, start_up_ms: float, worker_per_s: float | None) -> str:
     """What of ``load`` cannot be; empty if it may be so."""
     figures: dict[str, float | None] = {
         "workers": load.workers,
         "slots": load.slots,
         "arrivals": load.arrivals_per_s,
+        "start-up": start_up_ms,
+        "served by a worker": worker_per_s,
     }
     for lane, of_lane in load.lanes.items():
         figures |= {
@@ -162,6 +189,8 @@ def _fault(load: PoolLoad) -> str:
             f"leased {lane}": of_lane.leased,
             f"age {lane}": of_lane.oldest_age_ms,
             f"run time {lane}": of_lane.run_ms,
+            f"usual run time {lane}": of_lane.usual_run_ms,
+            f"time per cost {lane}": of_lane.ms_per_cost,
             f"deadline {lane}": of_lane.deadline_ms and max(0.0, of_lane.deadline_ms),
         }
     for name, value in figures.items():

@@ -21,8 +21,11 @@ from queue_schemas.records import record
 
 RATE_JOBS = 64
 """How many of the latest jobs a rate remembers, roughly: older ones fade by one part in so many with each new one."""
+FADE_MS = 10_000
+"""They fade by as much for each time so long between jobs: what was an hour ago counts little beside what is now."""
 KNOWN_JOBS = 8
-"""How many jobs must have ended before anything is predicted."""
+"""How many jobs must have ended before anything is predicted. Age leaves as many: an old pace is a better guess than
+none, until new jobs end."""
 
 MAX_WAIT_MS = 10_000_000_000
 """A longer wait is told as this one (about 16 weeks): no deadline is as far away."""
@@ -31,21 +34,41 @@ MAX_WAIT_MS = 10_000_000_000
 @record
 class Rate:
     """What jobs of one pool and lane took of late: ``jobs`` (at most ``RATE_JOBS``), for how long these had a slot, in
-    ms, and what they were thought to cost."""
+    ms, and what they were thought to cost. It has faded for the time up to ``at_ms``, of the queue's clock."""
 
     jobs: int = 0
     run_ms: int = 0
     cost: int = 0
+    at_ms: int = 0
 
-    def observed(self, run_ms: int, cost: int) -> Rate:
-        """The rate once one more job is done."""
-        if self.jobs < RATE_JOBS:
-            return Rate(self.jobs + 1, self.run_ms + run_ms, self.cost + cost)
+    def observed(self, run_ms: int, cost: int, came_ms: int) -> Rate:
+        """The rate once one more job is done, which came at ``came_ms``."""
+        faded = self._at(came_ms)
+        if faded.jobs < RATE_JOBS:
+            return Rate(faded.jobs + 1, faded.run_ms + run_ms, faded.cost + cost, faded.at_ms)
         return Rate(
-            self.jobs,
-            self.run_ms + run_ms - self.run_ms // RATE_JOBS,
-            self.cost + cost - self.cost // RATE_JOBS,
+            faded.jobs,
+            faded.run_ms + run_ms - faded.run_ms // RATE_JOBS,
+            faded.cost + cost - faded.cost // RATE_JOBS,
+            faded.at_ms,
         )
+
+    @property
+    def ms_per_cost(self) -> float | None:
+        """For how long a job had its slot for each unit of cost; None while none has ended."""
+        return round(self.run_ms / self.cost, 3) if self.cost else None
+
+    @property
+    def ms_per_job(self) -> float | None:
+        """For how long a job had its slot; None while none has ended."""
+        return round(self.run_ms / self.jobs, 3) if self.jobs else None
+
+    def _at(self, now_ms: int) -> Rate:
+        """Faded by age. Its means stay: what is old counts less beside what is new."""
+        steps = max((now_ms - self.at_ms) // FADE_MS, 0)
+        jobs = max(int(self.jobs * (1 - 1 / RATE_JOBS) ** steps + 0.5), min(self.jobs, KNOWN_JOBS))
+        ran = max(self.jobs, 1)
+        return Rate(jobs, self.run_ms * jobs // ran, self.cost * jobs // ran, self.at_ms + steps * FADE_MS)
 
 
 @record

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from queue_schemas.lanes import DEFAULT_BAND, Lane
+from scheduling.cost import USUAL_OUTPUT, Usage, cost_of
 
 if TYPE_CHECKING:
     from .fleet import Worker
@@ -48,7 +49,7 @@ class Request:
         self.arrived_at = arrived_at
         _, self.prompt_tokens, self.output_tokens, self.blocks, self.tenant, self.lane, self.band = line
         self.digests = ""
-        self.cost = 0
+        self.cost = cost_of(Usage(self.prompt_tokens, USUAL_OUTPUT))
         self.predicted_ms: int | None = None
         self.waited_ms = 0
         self.charge = 0.0

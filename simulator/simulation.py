@@ -52,6 +52,7 @@ class _Simulation:
         kind = POLICIES[options.policy]
         self._clock = clock = Clock()
         self._scaler = scaler
+        self._pulls = kind.has_slots
         self._clairvoyant = options.clairvoyant
         self._hop_s = options.hop_s
         self._lines: Iterator[TraceRequest] = iter(trace.requests())
@@ -84,14 +85,14 @@ class _Simulation:
 
     def started(self, request: Request) -> None:
         """``request`` left its engine's own queue."""
-        self._figures.started(request)
+        self._figures.started(request, self._clock.now)
         if request.started_at < 0:
             request.started_at = self._clock.now
             self._shares.started(request)
 
     def finished(self, request: Request) -> None:
         """``request`` has its last token."""
-        self._figures.finished(request)
+        self._figures.finished(request, self._clock.now)
         self._recorder.finished(request, self._clock.now)
         self._shares.finished(request)
         self._ended(request)
@@ -125,6 +126,8 @@ class _Simulation:
         worker.running += 1
         request.worker = worker
         request.began_at = self._clock.now
+        if self._pulls:
+            self._figures.started(request, self._clock.now)
         self._clock.at(self._clock.now + self._hop_s, worker.engine.submit, request)
 
     def _ended(self, request: Request) -> None:

@@ -1,6 +1,7 @@
 -- The sweep of each second: ends jobs whose time ran out, asks again after lost streams, forgets output that was kept long
 -- enough, trims dead letters, has attempts yield where interactive jobs still wait, opens what waited for a region's workers
--- to all, and wakes a worker wherever work and parked workers coexist: a wake may have been lost with its worker.
+-- to all, wakes a worker wherever work and parked workers coexist (a wake may have been lost with its worker), and notes how
+-- many jobs came to each lane of late.
 -- ARGV: prefix, limit (jobs in this call), how late it is at least, as the caller measured it (ms; 0: unknown).
 -- Reply: {expired, woken, forgotten, most jobs of a queue key opened, the queue's time, the server's time, queue keys at which
 --       something waits}.
@@ -10,6 +11,7 @@
 
 local MAX_TENANTS = 256 -- of a band, whose jobs of a region one sweep opens to all
 local MAX_ASKED = 64 -- attempts that one sweep has yield to what waits at a queue key
+local WINDOW_MS, LOOK_MS = 30000, 500 -- how far back arrivals count on average, and how far apart two looks at them are
 local limit, at_least = ARGV[2], tonumber(ARGV[3])
 local now = now_ms(at_least > 0 and at_least or nil)
 local expired, woken, forgotten, opened = 0, 0, 0, 0
@@ -73,7 +75,28 @@ local function open_to_all(key)
   return moved
 end
 
+-- Notes how many jobs have come to each lane so far, and what is left of those, in thousandths, once older ones have faded.
+-- ``scheduling/arrivals.py`` says the same, and why.
+local function look_at_arrivals(counters)
+  local found, before = call('HGETALL', P .. 'arrivals'), {}
+  for i = 1, #found, 2 do before[found[i]] = found[i + 1] end
+  local passed = now - tonumber(before.at or 0)
+  if passed >= 0 and passed < LOOK_MS then return end
+  for i = 1, #counters, 2 do
+    local lane = string.sub(counters[i], -9) == ':enqueued' and string.sub(counters[i], 1, -10)
+    if lane then
+      local total, left = string.match(before[lane] or '', '^(%d+) (%d+)$')
+      local came = math.max(tonumber(counters[i + 1]) - tonumber(total or 0), 0)
+      left = math.floor((tonumber(left or 0) + came * 1000) * (WINDOW_MS / (WINDOW_MS + math.max(passed, 0))))
+      local after = counters[i + 1] .. ' ' .. int(left)
+      if after ~= before[lane] then gather('HSET', P .. 'arrivals', lane, after) end
+    end
+  end
+  gather('HSET', P .. 'arrivals', 'at', int(now))
+end
+
 local counters, waiting_keys = call('HGETALL', P .. 'counters'), {}
+look_at_arrivals(counters)
 for i = 1, #counters, 2 do
   local key = string.sub(counters[i], -8) == ':waiting' and string.sub(counters[i], 1, -9)
   if key then known.counters[counters[i]] = tonumber(counters[i + 1]) end

@@ -1,7 +1,7 @@
 """Queue depths and job counts, for metrics and for Managers that assign work.
 
-Scripts keep the counts. How long jobs have waited is found by the sweep (:class:`Survey`): who reads depths looks at no
-job and no tenant.
+Scripts keep the counts. The sweep notes how many jobs came of late, and how long they have waited (:class:`Survey`):
+who reads depths looks at no job and no tenant.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from queue_schemas import BrokerFull, BrokerUnavailable, InferqError, Lane, LaneDepth, Pool, ShardKeys
-from queue_schemas.ids import decode_name
+from queue_schemas.ids import decode_name, encode_name
+from scheduling.arrivals import STALE_MS, Arrivals
 from scheduling.prediction import LaneState, Rate, place_of
 from telemetry import get_logger
 
 from ..redis.calls import Caller, pairs
 from ..redis.shards import answers_of, on_each
 
-_NOT_EVENTS = ("waiting", "leased", "turn", "wait", "cost", "ran", "ran_ms", "ran_cost")
+_NOT_EVENTS = ("waiting", "leased", "turn", "wait", "cost", "ran", "ran_ms", "ran_cost", "ran_at")
 SHARD_TIMEOUT_S = 1.0
 """How long a shard may take to answer before it is left out."""
 MAX_KEYS = 128
@@ -55,19 +56,22 @@ class QueueStats:
 
     async def depths(self, away: set[int] | None = None) -> dict[Pool, dict[Lane, LaneDepth]]:
         """How much waits and runs, per pool and lane; lanes with neither are left out. How long the oldest job has
-        waited, and until the earliest deadline, is as the last sweep found it. With ``away``, shards that do not answer
-        within a second are added to it, and their pools left out, as long as one answers."""
+        waited, until the earliest deadline, and how many came of late, is as the last sweep found it. With ``away``,
+        shards that do not answer within a second are added to it, and their pools left out, as long as one answers."""
         depths: dict[Pool, dict[Lane, LaneDepth]] = {}
-        rates: dict[Pool, dict[Lane, Rate]] = {}
         read = self._caller.command if away is None else self._caller.once
 
         async def ask(keys: ShardKeys) -> Any:
-            hashes = (keys.counters, keys.heads)  # both in one round trip
-            return await asyncio.gather(*(read(key, "HGETALL", key) for key in hashes))
+            hashes = (keys.counters, keys.heads, keys.arrivals)  # all in one round trip
+            return await asyncio.gather(
+                *(read(key, "HGETALL", key) for key in hashes), read(keys.clock, "GET", keys.clock)
+            )
 
-        for counted, heads in await self._ask_each(ask, away):
+        shards: dict[Pool, list[_Paces]] = {}  # at which a pool has jobs: one, unless their number has changed
+        for counted, heads, looks, clock in await self._ask_each(ask, away):
             counts = dict(pairs(counted))
             first = dict(pairs(heads))
+            paces = _Paces(counts, dict(pairs(looks)), clock)
             for queue_key in {name.rpartition(b":")[0] for name in counts if name.endswith((b":waiting", b":leased"))}:
                 waiting, leased, cost = (
                     int(counts.get(queue_key + kind, 0)) for kind in (b":waiting", b":leased", b":cost")
@@ -76,6 +80,9 @@ class QueueStats:
                     continue
                 pool, lane, region = _parts(queue_key.decode())
                 lanes = depths.setdefault(pool, {})
+                at = shards.setdefault(pool, [])
+                if paces not in at[-1:]:
+                    at.append(paces)
                 so_far = lanes.get(lane, LaneDepth())
                 by_region = so_far.by_region | ({region: waiting} if region and waiting else {})
                 oldest, left = _head(first.get(queue_key)) if waiting else (0, None)
@@ -87,16 +94,7 @@ class QueueStats:
                     cost=so_far.cost + cost,
                     deadline_ms=min((ms for ms in (so_far.deadline_ms, left) if ms is not None), default=None),
                 )
-                of_all = queue_key.partition(b"@")[0]
-                rate = (int(counts.get(of_all + kind, 0)) for kind in (b":ran", b":ran_ms", b":ran_cost"))
-                rates.setdefault(pool, {})[lane] = Rate(*rate)
-        for pool, lanes in depths.items():
-            states = {
-                lane: LaneState(depth.waiting, depth.cost, depth.leased, rates[pool][lane])
-                for lane, depth in lanes.items()
-            }
-            depths[pool] = {lane: _predicted(depth, lane, states) for lane, depth in lanes.items()}
-        return depths
+        return {pool: _with_paces(pool, lanes, shards[pool]) for pool, lanes in depths.items()}
 
     async def job_counts(self, away: set[int] | None = None) -> JobCounts:
         """Counts of job events and of stopped jobs, since the data was created; ``away`` as for :meth:`depths`."""
@@ -206,15 +204,52 @@ def _head(packed: bytes | None) -> tuple[int, int | None]:
     return int(age), None if left == b"-" else int(left)
 
 
-def _predicted(depth: LaneDepth, lane: Lane, states: Mapping[Lane, LaneState]) -> LaneDepth:
-    """The depth of a lane with the wait of a job that comes now, behind all that waits there."""
-    rate = states[lane].rate
-    return depth.model_copy(
-        update={
-            "predicted_wait_ms": place_of(states, lane, depth.waiting, 1).wait_ms,
-            "ms_per_cost": round(rate.run_ms / rate.cost, 3) if rate.cost else None,
-        }
-    )
+@dataclass(frozen=True, slots=True, eq=False)
+class _Paces:
+    """How fast jobs come to a shard and are served there, by ``counts`` and by the ``looks`` of the sweep. ``clock`` is
+    the queue's as it was written last."""
+
+    counts: Mapping[bytes, bytes]
+    looks: Mapping[bytes, bytes]
+    clock: bytes | None
+
+    def rate(self, lane: bytes) -> Rate:
+        """Of the jobs of a lane (``<pool>:<lane>``) that ended of late."""
+        return Rate(*(int(self.counts.get(lane + kind, 0)) for kind in (b":ran", b":ran_ms", b":ran_cost")))
+
+    def arrivals_per_s(self, lane: bytes) -> float | None:
+        """How many jobs come to a lane each second; None if nobody has swept for so long that it is not known."""
+        at, now = self.looks.get(b"at"), (self.clock or b"").rpartition(b" ")[2]
+        if at is None or not now or abs(int(now) - int(at)) > STALE_MS:  # a look may be a little ahead of it
+            return None
+        return Arrivals(*map(int, self.looks.get(lane, b"").split())).per_s
+
+
+def _with_paces(pool: Pool, lanes: Mapping[Lane, LaneDepth], shards: Sequence[_Paces]) -> dict[Lane, LaneDepth]:
+    """The depths of a pool's lanes with how fast jobs come and are served, over all shards, and with the wait of a job
+    that comes now, behind all that waits there."""
+    states, arrivals = {}, {}
+    for lane, depth in lanes.items():
+        name = f"{encode_name(pool)}:{lane}".encode()
+        states[lane] = LaneState(depth.waiting, depth.cost, depth.leased, _sum([one.rate(name) for one in shards]))
+        per_s = [one.arrivals_per_s(name) for one in shards]
+        arrivals[lane] = None if None in per_s else round(sum(one or 0.0 for one in per_s), 3)
+    return {
+        lane: depth.model_copy(
+            update={
+                "predicted_wait_ms": place_of(states, lane, depth.waiting, 1).wait_ms,
+                "ms_per_cost": states[lane].rate.ms_per_cost,
+                "ms_per_job": states[lane].rate.ms_per_job,
+                "arrivals_per_s": arrivals[lane],
+            }
+        )
+        for lane, depth in lanes.items()
+    }
+
+
+def _sum(rates: Sequence[Rate]) -> Rate:
+    """All of them together."""
+    return Rate(sum(one.jobs for one in rates), sum(one.run_ms for one in rates), sum(one.cost for one in rates))
 
 
 def _parts(queue_key: str) -> tuple[Pool, Lane, str]:

@@ -8,7 +8,8 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import Protocol, TypeVar
 
 from queue_schemas import InferqError, PoolDepth, SessionId, WorkerInfo, new_session_id
-from scheduling.autoscale import Stabilizer, Wish, drain_order, load_of, replicas_wanted
+from scheduling.autoscale import Stabilizer, Wish, drain_order, load_of
+from scheduling.capacity import WorkerCapacity
 from telemetry import get_logger
 from telemetry.backoff import Backoff
 
@@ -59,6 +60,7 @@ class Autoscaler:
         self._id = new_session_id(settings.autoscaler_id)
         self._claimed_until = float("-inf")
         self._stabilizer = Stabilizer()
+        self._capacity = WorkerCapacity()
         self._roster = Roster(settings.pool, settings.start_timeout, settings.stop_timeout, returns=driver.drains)
         self._told: dict[tuple[str, str], float] = {}
         self._driver_failures = 0
@@ -124,8 +126,8 @@ class Autoscaler:
         if roll.stuck:
             limit_s = own.stop_timeout / 1000
             reasons.append(f"workers that have not ended {limit_s:g} s after they were to: {_names(roll.stuck)}")
-        wish = await self._wish()
         now_ms = self._clock() * 1000
+        wish = await self._wish(now_ms)
         decision = self._stabilizer.decide(wish, roll.size, now_ms, own.rules, start_up_ms=self._roster.start_up_ms)
         if wish.replicas is None:
             self._metrics.failed("queue")
@@ -150,13 +152,15 @@ class Autoscaler:
     async def _roll(self, owned: frozenset[str]) -> Roll:
         return self._roster.call(owned, await self._fabric.workers(), self._clock() * 1000)
 
-    async def _wish(self) -> Wish:
+    async def _wish(self, now_ms: float) -> Wish:
         """What the queue calls for; nothing is known of a queue that nobody shows."""
         try:
             load = load_of(await self._fabric.pool(self._settings.pool))
         except InferqError as error:
             return Wish(None, error.message)
-        return replicas_wanted(load, self._settings.rules, start_up_ms=self._roster.start_up_ms)
+        wish = self._capacity.wish(load, self._settings.rules, now_ms, start_up_ms=self._roster.start_up_ms)
+        self._metrics.serves.set(self._capacity.per_s(now_ms) or 0.0)
+        return wish
 
     async def _scale(self, roll: Roll, target: int) -> None:
         more = min(target - roll.size, self._settings.max - len(roll.owned) - len(roll.foreign))

@@ -23,6 +23,10 @@ class AutoscaleMetrics:
         self.start_up = self.registry.gauge(
             "inferq_autoscaler_start_up_seconds", "How long a worker takes from its start until it takes work"
         )
+        self.serves = self.registry.gauge(
+            "inferq_autoscaler_worker_jobs_per_second",
+            "Interactive jobs that one worker was seen to serve at most while all were full; 0 while unknown",
+        )
         self._scalings = self.registry.counter(
             "inferq_autoscaler_scalings_total", "Workers that were started and that were let go", ("direction",)
         )

@@ -286,6 +286,14 @@ class LaneDepth(_Message):
     ms_per_cost: float | None = Field(
         default=None, description="for how long a slot was taken for each unit, of late; null while unknown"
     )
+    ms_per_job: float | None = Field(
+        default=None, description="for how long a slot was taken by each job, of late; null while unknown"
+    )
+    arrivals_per_s: float | None = Field(
+        default=None,
+        description="jobs that came each second, over the last half minute or so; null while nothing waits or runs, "
+        "and while nobody sweeps the queue",
+    )
     predicted_wait_ms: int | None = Field(
         default=None,
         description="until a job starts that comes now and finds no free slot, behind all that waits; null: unknown",

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from queue_schemas.lanes import LANES, Lane, lane_order
-from scheduling.cost import USUAL_OUTPUT, Usage, cost_of
+from scheduling.cost import Usage, cost_of
 from scheduling.fairness import charge_of
 from scheduling.prediction import place_of
 from scheduling.slots import SlotBounds, SlotState, asks_now, first_state, next_state
@@ -87,7 +87,6 @@ class PullQueue:
         """What a Router says of ``request``. It knows its prompt, and of its output no more than what is usual."""
         rules = self._rules
         request.yields_left = rules.max_yields
-        request.cost = cost_of(Usage(request.prompt_tokens, USUAL_OUTPUT))
         request.charge = self._charge(request, request.cost)
         if self._warmth is not None:
             request.digests = self._warmth.digests(request)

@@ -47,7 +47,9 @@ class Line:
 
     def ran(self, request: Request, now: float) -> None:
         """An attempt came to its end."""
-        self._rate = self._rate.observed(int((now - request.began_at) * 1e3), request.cost)
+        self._rate = self._rate.observed(
+            int((now - request.began_at) * 1e3), request.cost, int(request.arrived_at * 1e3)
+        )
 
     def put(self, request: Request) -> None:
         """``request`` waits for the first time."""

@@ -37,6 +37,7 @@ from queue_schemas.lanes import BAND_STEP, band_order, lane_order
 from queue_schemas.lifecycle import TERMINAL, TRANSITIONS
 from queue_schemas.persisted_output import key_digest, request_digest
 from scheduling.affinity import WarmTable, choose, patience_ms, takes_warm
+from scheduling.arrivals import LOOK_MS, Arrivals
 from scheduling.fairness import Band, charge_of, units
 from scheduling.prediction import LaneState, Rate, place_of
 from scheduling.preemption import Yieldable, victim, yields_wanted
@@ -72,6 +73,9 @@ class Model:
         self.totals: Counter[tuple[str, Lane, str]] = Counter()
         self.turns: Counter[Place] = Counter()
         self.rates: dict[Place, Rate] = defaultdict(Rate)
+        self.arrivals: dict[Place, Arrivals] = defaultdict(Arrivals)
+        self.looked_at = 0
+        """When the sweep looked last at how many jobs had come."""
         self.warm = WarmTable()
         self.waits: Counter[Place] = Counter()
         """The longest wait of late, where one with digests waits or did since nothing waited."""
@@ -357,7 +361,7 @@ class Model:
                 self._keep(live, unpack_frames(frames))
             self._end(live, State(outcome.value), live.attempt_id)
             if outcome is Outcome.DONE and run_ms is not None:
-                self.rates[live.place] = self.rates[live.place].observed(run_ms, cost_of(live.job))
+                self.rates[live.place] = self.rates[live.place].observed(run_ms, cost_of(live.job), live.enqueued_at)
             if frames and not live.job.persisted:
                 self._send(live.job.reply_to, unpack_frames(frames))
         return verdict
@@ -456,7 +460,19 @@ class Model:
             if not self._wake(place):
                 while self._ask_to_yield(place):
                     pass
+        self._look_at_arrivals()
         return len(late)
+
+    def _look_at_arrivals(self) -> None:
+        passed_ms = self.now - self.looked_at
+        if passed_ms < LOOK_MS:
+            return
+        self.looked_at = self.now
+        for pool, lane, event in self.totals:
+            if event == "enqueued":
+                place = Place(pool, lane)
+                total = self.totals[pool, lane, event]
+                self.arrivals[place] = self.arrivals[place].looked_at(total, passed_ms)
 
     def forget_ended(self) -> list[str]:
         """A minute has passed for what has ended: the ids whose tombstones are gone."""
@@ -503,6 +519,8 @@ class Model:
             waiting=dict(Counter(live.place for live in self.live.values() if live.state is State.QUEUED)),
             costs=self._costs(),
             rates={place: rate for place, rate in self.rates.items() if rate.jobs},
+            arrivals=dict(self.arrivals),
+            looked_at=self.looked_at,
             bands={where: band for where, band in self.bands.items() if band != Band()},
             leased=dict(Counter(live.place for live in self.live.values() if live.state is State.LEASED)),
             totals=dict(self.totals),

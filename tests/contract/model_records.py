@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from queue_schemas import Frame, Job, Lane, Marker, State
+from scheduling.arrivals import Arrivals
 from scheduling.fairness import Band
 from scheduling.prediction import Rate
 
@@ -165,6 +166,9 @@ class Snapshot:
     costs: dict[Place, int]
     """What waits, by its cost."""
     rates: dict[Place, Rate]
+    arrivals: dict[Place, Arrivals]
+    looked_at: int
+    """When the sweep looked last at how many jobs had come; 0 before."""
     bands: dict[tuple[Place, int], Band]
     """Where the tenants of each band stand."""
     leased: dict[Place, int]

@@ -13,6 +13,7 @@ from queue_schemas.control import parse_control
 from queue_schemas.frames import unpack_frames, unpack_marker
 from queue_schemas.ids import decode_name
 from queue_schemas.keys import ShardKeys
+from scheduling.arrivals import Arrivals
 from scheduling.fairness import Band
 from scheduling.prediction import Rate
 from tests.contract.model_records import SUSPECT, DeadLetter, Line, Place, Snapshot, require
@@ -48,6 +49,7 @@ FAMILIES = {
     "persisted": "ZRANGE",
     "idem": "GET",
     "warm": "HGETALL",
+    "arrivals": "HGETALL",
 }
 """How to read each family of keys. There are no others: jobs of regions have a suite of their own."""
 
@@ -115,7 +117,9 @@ def read_snapshot(raw: Raw) -> Snapshot:
         budgets={_decoded(name): number for name, number in _numbers(raw.one("budget")).items()},
         waiting=counters.pop("waiting", {}),
         costs=counters.pop("cost", {}),
-        rates=_rates(*(counters.pop(kind, {}) for kind in ("ran", "ran_ms", "ran_cost"))),
+        rates=_rates(*(counters.pop(kind, {}) for kind in ("ran", "ran_ms", "ran_cost", "ran_at"))),
+        arrivals=_arrivals(raw),
+        looked_at=int(dict(raw.one("arrivals")).get(b"at", 0)),
         bands=_bands(raw),
         leased={place: number for place, number in counters.pop("leased", {}).items() if number},
         turns=counters.pop("turn", {}),
@@ -194,8 +198,13 @@ def _counters(raw: Raw) -> dict[str, dict[Place, int]]:
     return counters
 
 
-def _rates(jobs: dict[Place, int], run_ms: dict[Place, int], cost: dict[Place, int]) -> dict[Place, Rate]:
-    return {place: Rate(number, run_ms.get(place, 0), cost.get(place, 0)) for place, number in jobs.items()}
+def _rates(jobs: dict[Place, int], *sums: dict[Place, int]) -> dict[Place, Rate]:
+    return {place: Rate(number, *(one.get(place, 0) for one in sums)) for place, number in jobs.items()}
+
+
+def _arrivals(raw: Raw) -> dict[Place, Arrivals]:
+    looks = {name.decode(): held.decode() for name, held in dict(raw.one("arrivals")).items() if name != b"at"}
+    return {_place(*lane.split(":")): Arrivals(*map(int, held.split())) for lane, held in looks.items()}
 
 
 def _decoded(budget: str) -> str:

@@ -40,6 +40,7 @@ MUTANTS = {
     "debt": Rewrite("fairness", " or one.by > 0 and served[1]\n", "\n"),
     "waiting cost": Rewrite("counters", "by * tonumber(cost)", "by"),
     "rates": Rewrite("rates", "if not run_ms then return end", "if run_ms then return end"),
+    "arrivals": Rewrite("expire", "if passed >= 0 and passed < LOOK_MS then return end", ""),
     "budget": Rewrite("finish", "spend(job.pool, job.tenant, -1, -tonumber(job.size))", ""),
 }
 

@@ -28,7 +28,7 @@ async def observed(broker: Broker, worker: Puller, jobs: int = KNOWN_JOBS, **fie
     for _ in range(jobs):
         await broker.jobs.enqueue(make_job(cost_estimate=COST, **fields))
         await broker.attempts.settle(await worker.claim_one(), Outcome.DONE, used=COST, run_ms=RUN_MS)
-        rate = rate.observed(RUN_MS, COST)
+        rate = rate.observed(RUN_MS, COST, 1)
     return rate
 
 

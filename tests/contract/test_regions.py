@@ -230,7 +230,7 @@ async def test_one_sweep_opens_the_jobs_of_all_regions_in_their_order(broker: Br
     claimed = await claim_jobs(await joined(broker, "us"), 12, step=12)
     for region, of_region in jobs.items():
         assert [job for job in claimed if job.region == region] == of_region
-    assert await broker.stats.depths() == {MODEL: {Lane.INTERACTIVE: LaneDepth(leased=12)}}
+    assert await broker.stats.depths() == {MODEL: {Lane.INTERACTIVE: LaneDepth(leased=12, arrivals_per_s=0.0)}}
 
 
 async def test_one_sweep_opens_a_bounded_number_of_jobs(broker: Broker) -> None:
@@ -525,6 +525,7 @@ async def test_every_key_is_one_of_the_contract(broker: Broker, client: Any) -> 
             KEYS.heads,
             KEYS.budget,
             KEYS.counters,
+            KEYS.arrivals,
         ),
     }
     stay, expire = await settled_keys(client)

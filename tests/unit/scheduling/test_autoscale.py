@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from queue_schemas import LANES, Lane, LaneDepth
 from queue_schemas.fleet.pools import pool_depth
 from scheduling.autoscale import (
+    MAX_SLOWDOWN,
     Candidate,
     Decision,
     LaneLoad,
@@ -36,6 +37,7 @@ _lane = st.builds(
     oldest_age_ms=st.floats(0, 1e7),
     run_ms=_unknown | st.floats(1, 1e6),
     deadline_ms=_unknown | st.floats(-1e6, 1e8),
+    usual_run_ms=_unknown | st.floats(1, 1e6),
 )
 _load = st.builds(
     PoolLoad,
@@ -57,8 +59,10 @@ def interactive(waiting: int = 0, leased: int = 0, **more: float) -> dict[Lane, 
     return {Lane.INTERACTIVE: LaneLoad(waiting, leased, **more)}
 
 
-def wanted(load: PoolLoad, rules: ScalingRules = RULES, *, start_up_ms: float = 0) -> int:
-    found = replicas_wanted(load, rules, start_up_ms=start_up_ms).replicas
+def wanted(
+    load: PoolLoad, rules: ScalingRules = RULES, *, start_up_ms: float = 0, worker_per_s: float | None = None
+) -> int:
+    found = replicas_wanted(load, rules, start_up_ms=start_up_ms, worker_per_s=worker_per_s).replicas
     assert found is not None
     return found
 
@@ -124,9 +128,15 @@ def test_known_run_times_let_slots_be_used_again() -> None:
 
 def test_run_times_follow_from_the_cost_of_what_waits() -> None:
     """And from how long jobs of that cost took of late: thirty jobs of 200 units, 5 ms each, run for a second each."""
-    depth = LaneDepth(waiting=30, leased=2, oldest_age_ms=70, cost=6_000, ms_per_cost=5.0, deadline_ms=99_000)
+    depth = LaneDepth(
+        waiting=30, leased=2, oldest_age_ms=70, cost=6_000, ms_per_cost=5.0, deadline_ms=99_000, ms_per_job=700.0,
+        arrivals_per_s=3.5,
+    )  # fmt: skip
     load = load_of(pool_depth("m", {Lane.INTERACTIVE: depth}, workers=2, slots=8))
-    assert load.lanes[Lane.INTERACTIVE] == LaneLoad(30, 2, 70, run_ms=1_000.0, deadline_ms=99_000)
+    assert load.lanes[Lane.INTERACTIVE] == LaneLoad(
+        30, 2, 70, run_ms=1_000.0, deadline_ms=99_000, usual_run_ms=700.0, ms_per_cost=5.0
+    )
+    assert load.arrivals_per_s == 3.5
     assert (load.workers, load.slots) == (2, 8)
     assert wanted(load) == math.ceil(32 / 3 / 4)
     for unknown in ({"cost": 0}, {"ms_per_cost": None}, {"ms_per_cost": 0.0}, {"waiting": 0}):
@@ -152,18 +162,62 @@ def test_a_near_deadline_makes_a_batch_urgent() -> None:
     assert wanted(PoolLoad({Lane.BATCH: near}), WIDE) == math.ceil(610 / 3 / 4)
 
 
-def test_what_arrives_while_workers_start_counts() -> None:
-    """Ten jobs of a second each second, twenty seconds to start, eight slots: forty more will wait by then."""
-    load = PoolLoad(interactive(0, 8, run_ms=1_000), workers=2, slots=8, arrivals_per_s=10.0)
-    assert wanted(load, WIDE) == math.ceil((1 + 9 / 0.85) / 4)
-    assert wanted(load, WIDE, start_up_ms=20_000) == math.ceil((8 + 2 * 20) / 3 / 4)
+@given(_load, st.floats(0, 1e4), st.floats(0, 1e6), _unknown | st.floats(0.001, 1e4))
+def test_more_arrivals_never_want_fewer_workers(
+    load: PoolLoad, more_per_s: float, start_up_ms: float, worker_per_s: float | None
+) -> None:
+    """Once they are known."""
+    known = replace(load, arrivals_per_s=load.arrivals_per_s or 0.0)
+    more = replace(known, arrivals_per_s=(known.arrivals_per_s or 0.0) + more_per_s)
+    before, after = (wanted(one, WIDE, start_up_ms=start_up_ms, worker_per_s=worker_per_s) for one in (known, more))
+    assert before <= after
+
+
+def test_arrivals_keep_slots_busy() -> None:
+    """Ten jobs of a second each second want ten slots by Little's law, however few run at the moment; what is busy
+    counts as well, without a margin: it says what is, not what must be."""
+    for lane in (interactive(0, 2, usual_run_ms=1_000), interactive(0, 2, run_ms=1_000)):
+        assert wanted(PoolLoad(lane, workers=2, slots=8, arrivals_per_s=10.0), WIDE) == math.ceil(10 / 4)
+        assert wanted(PoolLoad(lane, workers=2, slots=8, arrivals_per_s=0.1), WIDE) == 1
+    busy = interactive(0, 8, usual_run_ms=1_000)
+    assert wanted(PoolLoad(busy, workers=2, slots=8, arrivals_per_s=1.0), WIDE) == 2
+    assert wanted(PoolLoad(busy, workers=2, slots=8), WIDE) == math.ceil((1 + 7 / 0.85) / 4) == 3
+
+
+def test_how_long_jobs_took_of_late_is_known_also_where_none_waits() -> None:
+    """Those that wait say more of themselves: they may cost less than usual."""
+    load = PoolLoad(interactive(0, 1, usual_run_ms=3_000), workers=2, slots=8, arrivals_per_s=4.0)
+    assert wanted(load, WIDE) == math.ceil(4 * 3 / 4)
+    short = PoolLoad(interactive(30, run_ms=1_000, usual_run_ms=1_000_000))
+    assert wanted(short, WIDE) == math.ceil(30 / 3 / 4)
 
 
 def test_no_worker_is_started_for_what_those_there_finish_sooner() -> None:
-    """A burst that is over before a new worker would take work."""
-    load = PoolLoad(interactive(40, 8, run_ms=1_000), workers=2, slots=8, arrivals_per_s=1.0)
-    assert wanted(load, WIDE) == math.ceil(48 / 3 / 4)
-    assert wanted(load, WIDE, start_up_ms=60_000) == 1
+    """A burst that is over before a new worker would take work, if no more comes than they can serve."""
+    burst = PoolLoad(interactive(40, 8, run_ms=1_000), workers=2, slots=8, arrivals_per_s=1.0)
+    assert wanted(burst, WIDE) == math.ceil(48 / 3 / 4)
+    assert wanted(burst, WIDE, start_up_ms=5_000) == math.ceil((48 - 7 * 5) / 3 / 4)
+    assert wanted(burst, WIDE, start_up_ms=60_000) == 2
+    assert wanted(replace(burst, arrivals_per_s=8.0), WIDE, start_up_ms=60_000) == math.ceil(48 / 3 / 4)
+    assert wanted(replace(burst, arrivals_per_s=None), WIDE, start_up_ms=60_000) == math.ceil(48 / 3 / 4)
+
+
+def test_what_full_workers_were_seen_to_serve_counts_while_slots_are_idle() -> None:
+    """Ten jobs a second of 0.4 s keep one worker of four slots busy, by the run times of workers that have hardly
+    anything to do; but a full one serves five a second, and at most 85 % of that."""
+    load = PoolLoad(interactive(0, 4, usual_run_ms=400), workers=4, slots=16, arrivals_per_s=10.0)
+    assert wanted(load) == 1
+    assert wanted(load, worker_per_s=5.0) == math.ceil(10 / 5 / 0.85)
+    assert "a worker serves 5/s" in replicas_wanted(load, RULES, worker_per_s=5.0).why
+    assert wanted(load, worker_per_s=50.0) == 1
+    assert wanted(replace(load, arrivals_per_s=None), worker_per_s=5.0) == 2, "as without it"
+    assert wanted(load, worker_per_s=0.01) == MAX_SLOWDOWN, "an engine hung while that was learnt"
+
+
+@pytest.mark.parametrize("figures", [{"start_up_ms": math.nan}, {"start_up_ms": -1}, {"worker_per_s": math.nan}])
+def test_absurd_knowledge_says_nothing(figures: dict[str, float]) -> None:
+    """Of starts and of what workers serve."""
+    assert "cannot be" in replicas_wanted(PoolLoad(interactive(1)), RULES, **figures).why
 
 
 def test_late_jobs_without_a_free_slot_want_one_worker_more() -> None:
@@ -187,6 +241,10 @@ def test_late_jobs_without_a_free_slot_want_one_worker_more() -> None:
         PoolLoad(interactive(1), workers=-4),
         PoolLoad(interactive(1), arrivals_per_s=math.nan),
         PoolLoad(interactive(1, deadline_ms=math.inf)),
+        PoolLoad(interactive(1, usual_run_ms=math.nan)),
+        PoolLoad(interactive(1, usual_run_ms=-1.0)),
+        PoolLoad(interactive(1, ms_per_cost=math.inf)),
+        PoolLoad(interactive(1), arrivals_per_s=-0.5),
     ],
 )
 def test_absurd_figures_say_nothing(load: PoolLoad) -> None:

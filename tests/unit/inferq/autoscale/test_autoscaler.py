@@ -310,3 +310,23 @@ async def test_all_workers_are_drained_at_the_end_where_that_is_asked() -> None:
     scene.fabric.drain = gone_at_once  # type: ignore[method-assign]
     await scene.autoscaler.drain_all()
     assert (scene.driver.running, sorted(scene.driver.removed)) == ([], ["w-1", "w-2"])
+
+
+async def test_what_full_workers_served_is_remembered() -> None:
+    """Two full ones served 2.5 jobs a second each. Later jobs get done sooner on idle slots, so by their run times one
+    worker would do for four a second, and it would not."""
+    scene = Scene(scale_in_after="2s")
+    scene.fabric.waits(8)
+    await scene.look()
+    scene.all_join()
+    full = LaneDepth(waiting=1, leased=8, cost=200, ms_per_cost=8.0, ms_per_job=1_600.0, arrivals_per_s=4.0)
+    scene.fabric.lanes = {Lane.INTERACTIVE: full}
+    await scene.look(3)
+    assert scene.value("inferq_autoscaler_worker_jobs_per_second") == pytest.approx(2.5, rel=0.001)
+    idle = LaneDepth(leased=1, ms_per_cost=2.0, ms_per_job=400.0, arrivals_per_s=4.0)
+    scene.fabric.lanes = {Lane.INTERACTIVE: idle}
+    await scene.look(10)
+    assert (scene.driver.asked, scene.fabric.drained) == ([2], [])
+    scene.fabric.lanes = {Lane.INTERACTIVE: idle.model_copy(update={"arrivals_per_s": 1.0})}
+    await scene.look(4)
+    assert len(scene.fabric.drained) == 1
