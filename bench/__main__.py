@@ -41,9 +41,15 @@ async def _windows(options: argparse.Namespace, folder: Path, run: Run, say: Cal
             for scenario in scenarios:
                 first = number % len(present)
                 for system in (*present[first:], *present[:first]):
-                    one = await quiet_window(
-                        scenario, system, number, speed=options.speed, max_foreign=options.max_foreign
-                    )
+                    try:
+                        one = await quiet_window(
+                            scenario, system, number, speed=options.speed, max_foreign=options.max_foreign
+                        )
+                    except LoadFailed as error:
+                        if system.name not in OPTIONAL_SYSTEMS:
+                            raise
+                        _left_out(run, f"{system.name} has no figure of {scenario.name}. {error}".strip(), say)
+                        continue
                     run.windows.append(one)
                     say(f"round {number + 1}  {scenario.name:18} {_line(one, scenario.per)}")
         for system in systems:
