@@ -67,11 +67,14 @@ NO_TESTS := 5
 
 or_none = && chosen=0 || { code=$$?; [ $$code -eq $(NO_TESTS) ] || exit $$code; }
 
+# More than there are cores on a small machine: many tests wait most of the time.
+SIDE_BY_SIDE := -n 3 --dist loadgroup --no-loadscope-reorder
+
 test: $(DEV) ## Run the tests that need no real vLLM
 	@chosen=$(NO_TESTS); \
-	$(PY) -m pytest -m "not vllm and not node and not fleet and not alone" -n 3 --dist loadfile $(ARGS) $(or_none); \
-	$(PY) -m pytest -m "not vllm and not node and fleet" -n 2 --dist loadfile $(ARGS) $(or_none); \
-	$(PY) -m pytest -m "not vllm and not node and alone" $(ARGS) $(or_none); \
+	$(PY) -m pytest --part units $(SIDE_BY_SIDE) $(ARGS) $(or_none); \
+	$(PY) -m pytest --part fleets $(SIDE_BY_SIDE) $(ARGS) $(or_none); \
+	$(PY) -m pytest --part alone $(ARGS) $(or_none); \
 	exit $$chosen
 
 chaos: $(DEV) ## Kill everything under load and check the history (SECONDS=60 SEED=...)

@@ -26,29 +26,54 @@ ALLOWED_SKIPS: frozenset[str] = frozenset()
 
 
 HERE = Path(__file__).parent
-SHARED = tuple(HERE / name for name in ("unit", "contract"))
-"""Tests of parts: several share the machine."""
-ALONE = tuple(
+PARTS = {
+    "units": (HERE / "unit", HERE / "contract"),
+    "alone": (HERE / "chaos", HERE / "fuzz", HERE / "integration" / "ray"),
+}
+"""What ``--part`` chooses: tests of parts; those that load the machine; and, as ``fleets``, all others, which start
+whole fleets that mostly wait. Three may run at once, but of those that load the machine."""
+ANY_AT_ONCE = (HERE / "contract" / "test_model.py",)
+"""Files whose tests may run side by side: each takes long and shares nothing. Tests of all others run in one row."""
+LONGEST = tuple(
     HERE / name
     for name in (
-        "chaos",
-        "fuzz",
-        "integration/ray",
-        "integration/regions",
-        "e2e/test_failover.py",
-        "e2e/test_worker_losses.py",
+        *("contract/test_model.py", "unit/simulator", "unit/inferq/test_invocation.py", "contract/test_guards.py"),
+        *("integration/worker/test_faults.py", "integration/membership/test_model_swaps.py"),
+        *("e2e/test_up.py", "e2e/test_commands.py", "e2e/test_outages.py", "e2e/test_autoscale.py"),
+        *("e2e/test_worker_losses.py", "integration/untrusted", "integration/worker/test_engine_load.py"),
     )
 )
-"""Tests marked ``alone``: they load the machine, or compare times. All others start whole fleets that mostly wait, are
-marked ``fleet``, and run two at a time."""
+"""What begins first where several share the work, so that nothing long is left for the end."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--part", choices=[*PARTS, "fleets"], help="collect these tests alone")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Of another part, nothing is as much as imported."""
+    leads_on = any(place.is_relative_to(collection_path) for places in PARTS.values() for place in places)
+    return None if leads_on or _is_chosen(collection_path, config) else True
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if others := [item for item in items if not _is_chosen(item.path, config)]:  # of files that were named
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if _is_chosen(item.path, config)]
     for item in items:
-        if any(item.path.is_relative_to(place) for place in ALONE):
-            item.add_marker(pytest.mark.alone)
-        elif not any(item.path.is_relative_to(folder) for folder in SHARED):
-            item.add_marker(pytest.mark.fleet)
+        if not _is_in(item.path, ANY_AT_ONCE):
+            item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(HERE))))
+    items.sort(key=lambda item: not _is_in(item.path, LONGEST))
+
+
+def _is_chosen(path: Path, config: pytest.Config) -> bool:
+    """Whether ``--part`` asks for what lies there."""
+    of = next((name for name, places in PARTS.items() if _is_in(path, places)), "fleets")
+    return config.getoption("part") in {None, of}
+
+
+def _is_in(path: Path, places: tuple[Path, ...]) -> bool:
+    return any(path.is_relative_to(place) for place in places)
 
 
 def _require_all() -> bool:

@@ -19,7 +19,7 @@ from inferq.client import RequestFailed
 from telemetry.environment import free_port
 from tests.support.clients import RouterUser
 from tests.support.command_line import inferq
-from tests.support.processes import Child, environment
+from tests.support.processes import Child, environment, is_alive
 from tests.support.servers import Server
 from tests.support.waiting import eventually
 
@@ -80,14 +80,6 @@ def start_up(tmp_path: Path) -> Iterator[StartUp]:
         up.process.kill_group()
 
 
-def _alive(pid: int) -> bool:
-    """Whether a process exists and is no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 def _queue_pids(folder: Path) -> list[int]:
     """The embedded servers that run on ``folder``."""
     found = []
@@ -117,7 +109,7 @@ async def test_one_command_serves_and_ctrl_c_leaves_nothing(start_up: StartUp, t
     assert len(queue) == 1
     up.process.send(signal.SIGINT)
     assert await up.ended() == 0, up.process.log_tail()
-    assert [pid for pid in [*stack["pids"].values(), *queue] if _alive(pid)] == []
+    assert [pid for pid in [*stack["pids"].values(), *queue] if is_alive(pid)] == []
     assert "Stopped." in up.process.log_text()
 
 
@@ -146,7 +138,7 @@ async def test_a_killed_role_is_started_again(start_up: StartUp) -> None:
             except RequestFailed:
                 return False
 
-    await eventually(lambda: not _alive(stack["pids"]["router"]), "the Router is gone")
+    await eventually(lambda: not is_alive(stack["pids"]["router"]), "the Router is gone")
     await eventually(served, "the Router serves again", limit_s=30, every_s=0.1)
     assert "router ended with code -9; starting it again" in up.process.log_text()
 
@@ -167,7 +159,7 @@ async def test_a_drained_worker_stays_down(start_up: StartUp) -> None:
             return [worker.worker_id for worker in (await client.workers()).workers] == ["worker-2"]
 
         await eventually(alone, "worker-2 is alone", limit_s=20)
-    assert not _alive(stack["pids"]["worker-1"])
+    assert not is_alive(stack["pids"]["worker-1"])
     assert "starting it again" not in up.process.log_text()
     up.process.send(signal.SIGINT)
     assert await up.ended() == 0, up.process.log_tail()
@@ -179,7 +171,7 @@ async def test_nothing_outlives_a_killed_up(start_up: StartUp, tmp_path: Path) -
     stack = await up.ready()
     pids = [*stack["pids"].values(), *_queue_pids(tmp_path)]
     up.process.send(signal.SIGKILL)
-    await eventually(lambda: not any(map(_alive, pids)), "every process has ended", limit_s=20)
+    await eventually(lambda: not any(map(is_alive, pids)), "every process has ended", limit_s=20)
 
 
 @pytest.mark.parametrize("role", ["router", "manager", "worker"])

@@ -8,6 +8,7 @@ import signal
 import time
 
 from tests.support.fleet import Fleet
+from tests.support.processes import is_alive
 from tests.support.ray_fabric import MANAGER, RayFabric
 from tests.support.sockets import Held, held_by, kill_holding
 from tests.support.traffic import Traffic
@@ -86,18 +87,10 @@ async def _manager_replaced(ray: RayFabric, workers: dict[str, str], *, by_ray: 
     begun = time.monotonic()
 
     async def replaced() -> bool:
-        return not _alive(old) and await ray.acting() == workers
+        return not is_alive(old) and await ray.acting() == workers
 
     await eventually(replaced, "another Manager acts for the same workers", limit_s=60, every_s=0.05)
     return time.monotonic() - begun
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 async def main(seconds: float) -> None:

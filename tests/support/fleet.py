@@ -57,7 +57,8 @@ class Role:
         clean = environment()
         clean |= {"PYTHONPATH": str(ROOT), "INFERQ_LOG_FORMAT": "json", **env}
         # Not in the repository's root: the settings file and the data there are somebody's own.
-        self.process = Child(name, args, fleet.folder / f"{name}.log", env=clean, cwd=fleet.folder)
+        log = fleet.folder / f"{name}.log"
+        self.process = Child(name, args, log, env=clean, cwd=fleet.folder, preloaded=True)
 
     async def get(self, path: str) -> tuple[int, bytes]:
         """Status and body of a page; status 0 if nobody answers."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import socket
@@ -15,13 +14,8 @@ from pathlib import Path
 
 import httpx
 
-_LIBC = ctypes.CDLL(None)
-_PR_SET_PDEATHSIG = 1
-
-
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        _LIBC.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+from .death_signal import die_with_parent
+from .preloaded import ForkedProcess, can_fork, fork
 
 
 def hold_port(port: int = 0) -> socket.socket:
@@ -38,6 +32,14 @@ def hold_port(port: int = 0) -> socket.socket:
 def environment(**variables: str) -> dict[str, str]:
     """This process's environment without settings of inferq, and with ``variables``."""
     return {name: value for name, value in os.environ.items() if not name.startswith("INFERQ_")} | variables
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process has not ended; one whose end nobody has asked for has ended all the same."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in {"Z", "X"}
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def answers(url: str) -> bool:
@@ -69,7 +71,10 @@ def role_starter(module: str, folder: Path) -> Iterator[Callable[..., Child]]:
 
 
 class Child:
-    """One process: ``start``, ``terminate``, ``kill``, ``pause``, ``resume``; after an end it may be started again."""
+    """One process: ``start``, ``terminate``, ``kill``, ``pause``, ``resume``; after an end it may be started again.
+
+    With ``preloaded``, a role of ours is forked from a process that has its modules where that changes nothing else.
+    """
 
     def __init__(
         self,
@@ -79,13 +84,15 @@ class Child:
         *,
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
+        preloaded: bool = False,
     ) -> None:
         self.name = name
         self.args = [str(arg) for arg in args]
         self.log_path = log_path
         self._env = dict(env) if env is not None else None
         self._cwd = cwd
-        self._process: subprocess.Popen[bytes] | None = None
+        self._preloaded = preloaded
+        self._process: subprocess.Popen[bytes] | ForkedProcess | None = None
 
     @property
     def pid(self) -> int:
@@ -105,16 +112,20 @@ class Child:
     def start(self) -> None:
         """Start the process, its output appended to the log."""
         assert not self.running, f"{self.name} runs already"
+        env = dict(os.environ if self._env is None else self._env)
+        if self._preloaded and can_fork(self.args, env):
+            self._process = fork(self.args, env, self._cwd or Path.cwd(), self.log_path)
+            return
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
                 self.args,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=self._env,
+                env=env,
                 cwd=self._cwd,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,  # noqa: PLW1509 - one prctl call: safe enough for tests
+                preexec_fn=die_with_parent,  # noqa: PLW1509 - one prctl call: safe enough for tests
             )
 
     def send(self, number: signal.Signals) -> None:
@@ -138,8 +149,9 @@ class Child:
     def kill_group(self) -> None:
         """SIGKILL for it and everything it started in its session."""
         if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+            for kill in (os.killpg, os.kill):  # one that was just forked has no session yet
+                with contextlib.suppress(ProcessLookupError):
+                    kill(self._process.pid, signal.SIGKILL)
             self._process.wait(10)
 
     def terminate(self, limit_s: float = 15.0) -> int:

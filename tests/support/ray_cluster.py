@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -186,16 +186,6 @@ class RayCluster:
             f"--- {file.name}\n" + "\n".join(file.read_text("utf-8", "replace").splitlines()[-15:]) for file in files
         ]
         return "\n".join(tail for tail in tails if tail.count("\n"))
-
-
-def still_running(pids: Sequence[int]) -> list[int]:
-    """Those of ``pids`` that have not ended; one whose end nobody has asked for has ended all the same."""
-    found = []
-    for pid in pids:
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-            found += [pid] if state not in {"Z", "X"} else []
-    return found
 
 
 def _title(pid: int) -> str:

@@ -9,7 +9,8 @@ from typing import Any, Self
 
 import aiohttp
 
-from .ray_cluster import RayCluster, still_running
+from .processes import is_alive
+from .ray_cluster import RayCluster
 from .sockets import listeners
 from .waiting import eventually
 
@@ -50,7 +51,7 @@ class RayFabric:
         assert len(everything) > 5
         done = await asyncio.to_thread(self.cluster.inferq, "ray", "down")
         assert done.returncode == 0, done.stderr
-        assert still_running(everything) == []
+        assert [pid for pid in everything if is_alive(pid)] == []
         assert not (self.cluster.data_dir / "ray.json").exists()
 
     async def leave(self) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.fleet import Fleet
-from tests.support.ray_cluster import RayCluster, still_running
+from tests.support.processes import is_alive
+from tests.support.ray_cluster import RayCluster
 from tests.support.servers import Server, server_binary
 
 
@@ -35,7 +36,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory, ray_queue: Server) -> 
         everything = cluster.processes()
         done = cluster.inferq("ray", "down")
         assert done.returncode == 0, done.stderr
-        assert still_running(everything) == []
+        assert [pid for pid in everything if is_alive(pid)] == []
         assert not (cluster.data_dir / "ray.json").exists()
         assert cluster.inferq("ray", "down").stdout == "Nothing of ours runs.\n"
     finally:

@@ -18,7 +18,7 @@ import pytest
 
 from telemetry.environment import free_port
 from tests.support.fleet import MODEL, Fleet
-from tests.support.processes import Child, answers, role_starter
+from tests.support.processes import Child, answers, is_alive, role_starter
 from tests.support.servers import Server
 from tests.support.sse import read_data
 from tests.support.waiting import eventually
@@ -31,11 +31,6 @@ WORDS = 200
 def children(pid: int) -> list[int]:
     """The processes that ``pid`` has started and that run."""
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def running(pids: list[int]) -> list[int]:
-    """Those of ``pids`` that still run."""
-    return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 
 
 def holders(pids: list[int], port: int) -> dict[int, int]:
@@ -104,9 +99,11 @@ async def clients(url: str, count: int) -> AsyncIterator[list[Client]]:
 
 
 @asynccontextmanager
-async def fleet_of(folder: Path, valkey: Server, processes: int, **router: object) -> AsyncIterator[Fleet]:
+async def fleet_of(
+    folder: Path, valkey: Server, processes: int, *, tokens_per_s: int = 400, **router: object
+) -> AsyncIterator[Fleet]:
     async with Fleet(folder, valkey, router={"processes": processes} | router) as fleet:
-        await fleet.up(slots=64)
+        await fleet.up(slots=64, sim_tokens_per_s=tokens_per_s)
         await all_accept(fleet, processes)
         yield fleet
 
@@ -130,10 +127,10 @@ ANSWERED = f'inferq_requests_total{{code="200",path="{CHAT_PATH}"'
 async def test_all_processes_serve_and_any_of_them_shows_the_metrics_of_all(tmp_path: Path, valkey: Server) -> None:
     """Connections that come at once are dealt evenly; whichever process is asked counts what all have served and have
     open, and how many of them accept."""
-    async with fleet_of(tmp_path, valkey, 3) as fleet, clients(fleet.router.url, 48) as asking:
+    async with fleet_of(tmp_path, valkey, 3, tokens_per_s=20) as fleet, clients(fleet.router.url, 48) as asking:
         pids = children(fleet.router.process.pid)
         assert len(pids) == 3
-        streams = [asyncio.ensure_future(client.stream(WORDS)) for client in asking]
+        streams = [asyncio.ensure_future(client.stream(WORDS)) for client in asking]  # of ten seconds
         await asyncio.gather(*(client.begun.wait() for client in asking))
         serving = holders(pids, fleet.router.port)
         shares = Counter(serving[client.port] for client in asking)
@@ -202,7 +199,7 @@ async def test_a_signal_to_all_of_them_drains_each(tmp_path: Path, valkey: Serve
         await asyncio.gather(*streams)
         assert [client.ended for client in asking] == [["whole"]] * 12
         assert await fleet.router.ended() == 0
-        assert not running(pids)
+        assert not any(map(is_alive, pids))
         assert await fleet.router.get("/healthz") == (0, b"")
 
 
@@ -229,7 +226,7 @@ async def test_no_process_outlives_its_parent(tmp_path: Path, valkey: Server) ->
         fleet.router.process.kill()
         await asyncio.gather(*streams)
         assert [client.ended for client in asking] == [["broken"]] * 8
-        await eventually(lambda: not running(pids), "all are gone", limit_s=5)
+        await eventually(lambda: not any(map(is_alive, pids)), "all are gone", limit_s=5)
         await fleet.router.start()
 
 

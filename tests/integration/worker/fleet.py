@@ -58,7 +58,8 @@ class Worker:
         self.url = f"http://127.0.0.1:{port}"
         command = [sys.executable, "-m", "worker.service", "--worker-id", name, "--port", str(port)]
         command += ["--manager-url", fleet.manager_url, *args]
-        self.process = Child(name, command, fleet.folder / f"{name}-{port}.log", cwd=fleet.folder)
+        log = fleet.folder / f"{name}-{port}.log"
+        self.process = Child(name, command, log, cwd=fleet.folder, preloaded=True)
 
     def status(self) -> Any:
         return get_json(f"{self.url}/status")
@@ -103,7 +104,7 @@ class Fleet:
         command += ["--heartbeat-interval-ms", "200", "--unresponsive-after-ms", "1000"]
         # A probe of a paused worker must not outlast the third of a lease in which renewal counters are read again.
         command += ["--probe-timeout-ms", "200", "--ping-timeout-ms", "200"]
-        self.manager = Child("manager", command, folder / "manager.log", cwd=folder)
+        self.manager = Child("manager", command, folder / "manager.log", cwd=folder, preloaded=True)
 
     async def start_manager(self) -> None:
         self.manager.start()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import threading
@@ -16,6 +15,7 @@ import pytest
 from inferq.vllm_setup import SetupFailed, VllmEnvironment, environment, find_vllm, prepare_vllm
 from inferq.vllm_setup.cache import cache_dir, locked
 from inferq.vllm_setup.process import run_logged
+from tests.support.processes import is_alive
 
 
 class Heard:
@@ -184,14 +184,6 @@ def test_a_step_that_takes_too_long_is_ended_with_all_it_started(tmp_path: Path)
         _run(["sh", "-c", f"sleep 600 & echo $! > {pid_file}; wait"], tmp_path / "log", limit_s=0.5)
     pid = int(pid_file.read_text())
     limit = time.monotonic() + 10
-    while _runs(pid) and time.monotonic() < limit:
+    while is_alive(pid) and time.monotonic() < limit:
         time.sleep(0.01)
-    assert not _runs(pid)
-
-
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (ProcessLookupError, FileNotFoundError):
-        return False
+    assert not is_alive(pid)

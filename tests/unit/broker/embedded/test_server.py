@@ -26,16 +26,8 @@ from broker.embedded.server import EmbeddedServer
 from queue_schemas import CannotStart
 from telemetry.backoff import Backoff
 from telemetry.environment import free_port
-from tests.support.processes import Child
+from tests.support.processes import Child, is_alive
 from tests.support.waiting import eventually
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs (zombies do not)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def command_line(pid: int) -> str:
@@ -140,7 +132,7 @@ async def test_two_owners_of_one_folder_are_told_apart(tmp_path: Path) -> None:
         second = EmbeddedServer(tmp_path)
         with pytest.raises(CannotStart, match=f"in use by process {os.getpid()}: stop that one"):
             await second.start()
-        assert server.pid is not None and alive(server.pid)
+        assert server.pid is not None and is_alive(server.pid)
     async with second:
         pass
 
@@ -187,7 +179,7 @@ async def test_stopping_is_clean_and_may_be_repeated(tmp_path: Path) -> None:
     assert pid is not None
     await server.stop()
     await server.stop()
-    assert server.pid is None and not alive(pid)
+    assert server.pid is None and not is_alive(pid)
     assert server.restarts == 0
     assert "User requested shutdown" in server.log_path.read_text() or "SIGTERM" in server.log_path.read_text()
 
@@ -224,7 +216,7 @@ async def test_it_dies_with_its_owner(tmp_path: Path) -> None:
     owner = owned_by_another(tmp_path)
     pid = int(owner.log_text().split()[0])
     owner.kill()
-    await eventually(lambda: not alive(pid), "the server ends")
+    await eventually(lambda: not is_alive(pid), "the server ends")
     async with EmbeddedServer(tmp_path / "data"):
         pass
 
@@ -240,7 +232,7 @@ async def test_an_orphan_is_found_and_stopped(tmp_path: Path) -> None:
         first._supervisor.cancel()
         orphan = first.pid
         async with EmbeddedServer(tmp_path) as second:
-            assert not alive(orphan)
+            assert not is_alive(orphan)
             async with client_of(second) as client:
                 assert await client.get("kept") == b"yes"
 
@@ -320,7 +312,7 @@ async def test_a_cancelled_start_leaves_nothing(tmp_path: Path) -> None:
     start.cancel()
     with pytest.raises(asyncio.CancelledError):
         await start
-    assert pid is not None and not alive(pid)
+    assert pid is not None and not is_alive(pid)
     async with EmbeddedServer(tmp_path):
         pass
 

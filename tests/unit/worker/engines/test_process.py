@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import pytest
 
 from queue_schemas import EngineFailed, EngineState
 from telemetry.backoff import Backoff
+from tests.support.processes import is_alive
 from tests.support.waiting import eventually
 from worker.engines import EngineCall, guard, process
 from worker.engines.choice import make_engine
@@ -98,14 +98,6 @@ async def test_the_engine_sees_nothing_of_our_settings(tmp_path: Path, monkeypat
     assert (given["HF_HOME"], given["FROM_THE_WORKER"]) == ("/models", "its user decides")
 
 
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return Path(f"/proc/{pid}/stat").read_text("ascii").rpartition(")")[2].split()[0] != "Z"
-
-
 async def ready(engine: ProcessEngine) -> None:
     await eventually(lambda: engine.state is EngineState.READY, "the engine is ready", limit_s=20)
 
@@ -122,8 +114,8 @@ async def test_it_starts_answers_and_ends(tmp_path: Path) -> None:
         assert engine.models == ("tiny",)
         assert states == [EngineState.STARTING, EngineState.READY]
         pid = await ask_pid(engine)
-        assert alive(pid)
-    await eventually(lambda: not alive(pid), "the engine is gone")
+        assert is_alive(pid)
+    await eventually(lambda: not is_alive(pid), "the engine is gone")
     assert "hello from the engine" in (tmp_path / "logs" / "engine.log").read_text()
 
 
@@ -204,7 +196,7 @@ async def test_an_engine_that_never_gets_ready_is_ended_and_reported(tmp_path: P
         await eventually(lambda: engine.state is EngineState.FAILED, "the failure is seen")
         assert "not ready within" in engine.detail
         assert "loading" in engine.detail
-        await eventually(lambda: not alive(pid), "the process is gone")
+        await eventually(lambda: not is_alive(pid), "the process is gone")
 
 
 async def test_a_command_that_does_not_exist_is_a_clear_failure(tmp_path: Path) -> None:
@@ -228,7 +220,7 @@ async def test_an_engine_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
     async with supervised(IGNORES_SIGTERM, tmp_path) as (engine, _):
         await ready(engine)
         pid = await ask_pid(engine)
-    await eventually(lambda: not alive(pid), "the engine is gone")
+    await eventually(lambda: not is_alive(pid), "the engine is gone")
 
 
 async def test_what_the_engine_started_ends_with_it(tmp_path: Path) -> None:
@@ -236,11 +228,11 @@ async def test_what_the_engine_started_ends_with_it(tmp_path: Path) -> None:
     async with supervised(HAS_A_CHILD, tmp_path) as (engine, states):
         await ready(engine)
         child = int(next(line for line in engine.log.last(50) if line.isdigit()))
-        assert alive(child)
+        assert is_alive(child)
         with pytest.raises(Exception, match=GONE):
             await ask_pid(engine, "/crash")
         await eventually(lambda: EngineState.FAILED in states, "the crash is seen")
-        await eventually(lambda: not alive(child), "the child is gone")
+        await eventually(lambda: not is_alive(child), "the child is gone")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel (/proc) who is alive")
@@ -257,9 +249,9 @@ async def test_the_engine_dies_with_its_worker(tmp_path: Path) -> None:
     process = await asyncio.create_subprocess_exec(sys.executable, str(owner), stdout=subprocess.PIPE)
     assert process.stdout is not None
     pid = int(await process.stdout.readline())
-    assert alive(pid)
+    assert is_alive(pid)
     process.send_signal(signal.SIGKILL)
-    await eventually(lambda: not alive(pid), "the engine is gone")
+    await eventually(lambda: not is_alive(pid), "the engine is gone")
 
 
 async def test_a_full_disk_costs_the_log_file_only(tmp_path: Path) -> None:
@@ -290,7 +282,7 @@ async def test_it_serves_another_model_after_a_switch(tmp_path: Path) -> None:
     first = await ask_pid(engine)
     engine.switch("hangs")
     assert (engine.state, engine.models) == (EngineState.STARTING, ())
-    await eventually(lambda: not alive(first), "the first process has ended")
+    await eventually(lambda: not is_alive(first), "the first process has ended")
     await eventually(lambda: "loading" in engine.log.last(9), "the second one starts")
     engine.switch("dies")
     await eventually(lambda: engine.state is EngineState.FAILED, "it fails")
@@ -300,13 +292,13 @@ async def test_it_serves_another_model_after_a_switch(tmp_path: Path) -> None:
     second = await ask_pid(engine)
     with pytest.raises(EngineFailed, match=GONE):
         await ask_pid(engine, "/crash")
-    await eventually(lambda: not alive(second) and engine.state is not EngineState.READY, "the crash is seen")
+    await eventually(lambda: not is_alive(second) and engine.state is not EngineState.READY, "the crash is seen")
     await eventually(lambda: engine.state is EngineState.READY, "it is restarted", limit_s=20)
     assert (engine.models, engine.loaded) == (("tiny",), "two")
     last = await ask_pid(engine)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-    assert not alive(last)
+    assert not is_alive(last)
 
 
 def test_each_installed_model_has_its_command() -> None:
