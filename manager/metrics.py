@@ -31,6 +31,9 @@ class FleetMetrics:
         self._placed = registry.counter(
             "inferq_models_assigned_total", "Times that a worker was told to load another model", ("model",)
         )
+        self.adapters_assigned = registry.counter(
+            "inferq_adapters_assigned_total", "Times that a worker was told to load a LoRA adapter"
+        )
         self._workers = registry.gauge("inferq_workers", "Workers by model and state", ("model", "state"))
         self._pool_workers = registry.gauge("inferq_pool_workers", "Workers that take work for a model", ("model",))
         self._pool_slots = registry.gauge("inferq_pool_slots", "Slots of the workers of a model", ("model",))

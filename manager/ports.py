@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Protocol, TypeVar
 
 from broker import Expired, JobCounts, Reclaimed, RememberedPools
@@ -31,6 +31,10 @@ class FleetPort(Protocol):
     async def load_workers(self) -> dict[str, WorkerInfo]: ...
 
     async def save_workers(self, changed: Iterable[WorkerInfo], gone: Iterable[str]) -> None: ...
+
+    async def load_adapter_sets(self) -> dict[str, frozenset[str]]: ...
+
+    async def save_adapter_sets(self, new: Mapping[str, Iterable[str]], gone: Iterable[str]) -> None: ...
 
     async def send_control(self, session_id: SessionId, control: Control, shard: int = 0) -> bool: ...
 

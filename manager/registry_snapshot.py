@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from queue_schemas import Pool, WorkerInfo
 
@@ -36,19 +36,27 @@ class RegistrySnapshot:
         self._changed = changed
         self._clock = clock
         self._saved: dict[str, WorkerInfo] = {}
+        self._saved_sets: set[str] = set()
+        """Sets of adapters that are in Redis."""
         self._dirty: set[str] = set()
         """Workers whose entries may differ from those in Redis."""
         self._check_at = clock() + SNAPSHOT_CHECK_S
         self._pools_due: dict[str, float] = {}
         self._pools_at = clock()
 
-    async def load(self) -> Iterable[WorkerInfo]:
-        """What the last Manager wrote down."""
-        snapshot = await call_queue(self._settings.broker_timeout_ms, self._queue.fleet.load_workers())
-        self._saved = dict(snapshot)
+    async def load(self) -> tuple[Iterable[WorkerInfo], Mapping[str, frozenset[str]]]:
+        """What the last Manager wrote down: the workers, and sets of adapters by name."""
+        snapshot, sets = await self._read()
         self._dirty |= snapshot.keys()
         self._changed.set()
-        return snapshot.values()
+        return snapshot.values(), sets
+
+    async def _read(self) -> tuple[Mapping[str, WorkerInfo], Mapping[str, frozenset[str]]]:
+        limit, fleet = self._settings.broker_timeout_ms, self._queue.fleet
+        self._saved = await call_queue(limit, fleet.load_workers())
+        sets = await call_queue(limit, fleet.load_adapter_sets())
+        self._saved_sets = set(sets)
+        return dict(self._saved), sets
 
     def save_soon(self, worker_id: str) -> None:
         """The entry has changed in a way that others act on."""
@@ -68,9 +76,10 @@ class RegistrySnapshot:
         """Write the entries that changed since the last time, and remember the pools that are served."""
         registry, now = self._registry, self._clock()
         if now >= self._check_at:
-            self._saved = await call_queue(self._settings.broker_timeout_ms, self._queue.fleet.load_workers())
+            await self._read()
             self._check_at = self._clock() + SNAPSHOT_CHECK_S
             self._dirty |= self._saved.keys() | {member.worker_id for member in registry.members()}
+            await self._write_adapter_sets(are_checked=True)
         dirty, self._dirty = self._dirty, set()
         try:
             await self._write(dirty)
@@ -85,11 +94,23 @@ class RegistrySnapshot:
         now = {worker_id: member.info() for worker_id, member in found.items() if member is not None}
         changed = [info for worker_id, info in now.items() if self._saved.get(worker_id) != info]
         gone = [worker_id for worker_id in worker_ids if worker_id in self._saved and worker_id not in now]
+        if any(info.adapter_set and info.adapter_set not in self._saved_sets for info in changed):
+            await self._write_adapter_sets()
         if changed or gone:
             await call_queue(self._settings.broker_timeout_ms, self._queue.fleet.save_workers(changed, gone))
         self._saved |= now
         for worker_id in gone:
             del self._saved[worker_id]
+
+    async def _write_adapter_sets(self, *, are_checked: bool = False) -> None:
+        """Write those that are not there; if Redis was read a moment ago (``are_checked``), remove those of nobody."""
+        sets = self._registry.adapter_sets()
+        new = {name: adapters for name, adapters in sets.items() if name not in self._saved_sets}
+        known = {info.adapter_set for info in self._saved.values()}
+        gone = sorted(self._saved_sets - sets.keys() - known) if are_checked else []
+        if new or gone:
+            await call_queue(self._settings.broker_timeout_ms, self._queue.fleet.save_adapter_sets(new, gone))
+        self._saved_sets = (self._saved_sets | new.keys()) - set(gone)
 
     async def _remember_pools(self, served: set[str]) -> None:
         now, limit = self._clock(), self._settings.broker_timeout_ms

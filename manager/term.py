@@ -24,7 +24,8 @@ from telemetry import get_logger
 from .core import Liveness, Member, Registry
 from .failure_detector import FailureDetector
 from .metrics import FleetMetrics
-from .placement import Placement
+from .placement.adapters import AdapterPlacement
+from .placement.models import ModelPlacement
 from .ports import Clock, QueuePort, WorkerProbe, call_queue
 from .registry_snapshot import RegistrySnapshot
 from .settings import ManagerSettings
@@ -64,12 +65,14 @@ class Term:
         self._failure_detector = FailureDetector(
             settings, queue, probe, self.registry, self._shards, self._snapshot.save_soon, clock
         )
-        self._placement = Placement(settings, queue, self.registry, metrics, self._snapshot.save_soon, clock)
+        self._models = ModelPlacement(settings, queue, self.registry, metrics, self._snapshot.save_soon, clock)
+        self._adapters = AdapterPlacement(settings, queue, self.registry, metrics, self._snapshot.save_soon, clock)
         self._joining: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def load(self) -> None:
         """Begin with what the last Manager wrote down."""
-        self.registry.load(await self._snapshot.load(), self._clock())
+        workers, adapter_sets = await self._snapshot.load()
+        self.registry.load(workers, self._clock(), adapter_sets)
 
     async def save(self) -> None:
         """Write down what changed."""
@@ -152,8 +155,8 @@ class Term:
         await self._failure_detector.verify_urls()
 
     async def sweep(self) -> None:
-        """One round: overdue workers, renewal counters, states, jobs of the dead, deadlines, models to load. Bounded in
-        time.
+        """One round: overdue workers, renewal counters, states, jobs of the dead, deadlines, models and adapters to
+        load. Bounded in time.
 
         Raises ``BrokerUnavailable`` (and then no time of stillness counts) if no shard answers, or another broker
         error once what could be done was done.
@@ -171,7 +174,8 @@ class Term:
             swept = await self._shards.expire()
             self._metrics.expired.inc(swept.expired)
             self._metrics.woken.inc(swept.woken)
-        await self._placement.run_round()
+        await self._models.run_round()
+        await self._adapters.run_round()
 
     def _update_states(self) -> None:
         before = {member.worker_id: member.state for member in self.registry.members()}

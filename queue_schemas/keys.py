@@ -18,6 +18,8 @@ META = "iq:meta"
 """Hash: the constants of the deployment (``shards``, ``contract``), checked at every start."""
 WORKERS = "iq:workers"
 """Hash: worker id -> JSON of the registry's entry, written by the acting Manager."""
+ADAPTERS = "iq:adapters"
+"""Hash: name of a set of LoRA adapters -> JSON list of their names, written by the acting Manager."""
 POOLS = "iq:pools"
 """Hash: ``seen:<model>``, ``declared:<model>`` and ``scaled:<model>`` -> when a pool was last served, last declared and
 last claimed by an autoscaler (queue ms)."""

@@ -62,17 +62,20 @@ def build_directory(
     now_s: int,
     *,
     scaled: Collection[Pool] = (),
+    adapter_sets: Mapping[str, Iterable[str]] | None = None,
 ) -> Directory:
     """The current directory; ``before`` supplies when models were first seen. Workers of ``scaled`` are started by an
-    autoscaler."""
+    autoscaler. ``adapter_sets``: the adapters that workers could load, by the names of their sets."""
     workers: dict[str, int] = dict.fromkeys((*declared, *remembered), 0)
     slots = workers.copy()
     regions: dict[str, set[str]] = {}
     cards: dict[str, list[tuple[bool, str, Card]]] = {}
     loadable: set[str] = set()
+    named_sets: set[str] = set()
     for info in fleet:
         if info.is_present:
             loadable.update(info.loadable)
+            named_sets.add(info.adapter_set)
         for model in dict.fromkeys(info.models):
             workers.setdefault(model, 0)
             slots.setdefault(model, 0)
@@ -82,6 +85,8 @@ def build_directory(
                 workers[model] += 1
                 slots[model] += info.slots
                 regions.setdefault(model, set()).add(info.region)
+    for name in named_sets:
+        loadable.update((adapter_sets or {}).get(name, ()))
     for model in loadable:
         workers.setdefault(model, 0)
         slots.setdefault(model, 0)

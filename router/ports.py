@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
 from typing import NoReturn, Protocol
 
 from broker import DeadLetters, JobStatus, RememberedPools
@@ -95,6 +95,8 @@ class FleetPort(Protocol):
     """:class:`broker.operations.fleet.Fleet`."""
 
     async def load_workers(self) -> dict[str, WorkerInfo]: ...
+
+    async def load_adapter_sets(self, names: Collection[str]) -> dict[str, frozenset[str]]: ...
 
     async def acting_manager(self) -> ActingManager: ...
 

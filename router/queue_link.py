@@ -66,6 +66,7 @@ class QueueLink:
         self._refresh_wanted = asyncio.Event()
         self._refreshed = asyncio.Event()
         self._refreshed_s = float("-inf")
+        self._adapter_sets: dict[str, frozenset[str]] = {}
         self.queue: QueuePort | None = None
         self.directory = Directory()
         self.session_id = SessionId("")
@@ -171,6 +172,7 @@ class QueueLink:
         try:
             fleet: dict[str, WorkerInfo] = await queue.fleet.load_workers()
             remembered = await queue.known_pools.remembered()
+            await self._load_adapter_sets(queue, {info.adapter_set for info in fleet.values() if info.adapter_set})
         except InferqError as error:
             if error.public != self._stale:
                 log.warning("directory_not_read", error=error.message)
@@ -187,10 +189,16 @@ class QueueLink:
                 self.directory,
                 int(time.time()),
                 scaled=remembered.scaled,
+                adapter_sets=self._adapter_sets,
             )
         self._refreshed_s = time.monotonic()
         done, self._refreshed = self._refreshed, asyncio.Event()
         done.set()
+
+    async def _load_adapter_sets(self, queue: QueuePort, names: set[str]) -> None:
+        """Read the sets of adapters that are new; most fleets have few, which seldom change."""
+        kept = {name: adapters for name, adapters in self._adapter_sets.items() if name in names}
+        self._adapter_sets = kept | await queue.fleet.load_adapter_sets(names - kept.keys())
 
     async def _find_acting_manager(self, queue: QueuePort) -> None:
         if self._on_acting_manager is None:

@@ -10,6 +10,7 @@ from broker import Broker
 from queue_schemas import RegistrationAnswer
 
 from .engines import Engine
+from .engines.adapter_folder import AdapterFolder
 from .engines.process import ProcessEngine
 from .manager_client import ManagerClient
 from .metrics import WorkerMetrics
@@ -33,3 +34,5 @@ class WorkerContext:
     """Set once: while draining, wait for no running job."""
     switching: ProcessEngine | None = None
     """``engine``, if it can load another model."""
+    adapters: AdapterFolder | None = None
+    """The LoRA adapters that ``engine`` may load while it serves."""

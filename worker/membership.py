@@ -28,6 +28,7 @@ from queue_schemas import (
 from telemetry import get_logger
 from telemetry.backoff import Backoff
 
+from .engines.adapter_folder import AdapterFolder
 from .manager_client import ManagerClient
 from .metrics import WorkerMetrics
 
@@ -54,8 +55,9 @@ class Assigned(Protocol):
 class Membership:
     """Registers one session and keeps it registered.
 
-    ``loadable``: the models of which its engine could serve another one. ``status()`` is what heartbeats report;
-    ``assigned`` and ``drain`` are called with what the answers ask for.
+    ``loadable``: the models of which its engine could serve another one; ``adapters``: those that it could load while
+    it serves the first of these. ``status()`` is what heartbeats report; ``assigned`` and ``drain`` are called with
+    what the answers ask for.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Membership:
         url: str | None,
         region: str,
         loadable: Sequence[str],
+        adapters: AdapterFolder | None = None,
         metrics: WorkerMetrics,
         status: Callable[[], WorkerStatus],
         assigned: Assigned,
@@ -76,11 +79,13 @@ class Membership:
         self._url = url
         self._region = region
         self._loadable = loadable
+        self._adapters = adapters
         self._metrics = metrics
         self._status = status
         self._assigned = assigned
         self._drain = drain
         self._changed = asyncio.Event()
+        self._must_register = False
         self._heartbeat_s = 2.0
         self._logged: deque[str] = deque(maxlen=_MAX_REASONS_LOGGED)
         self.registered = False
@@ -89,6 +94,11 @@ class Membership:
 
     def notify(self) -> None:
         """Something the Manager should know has changed: send a heartbeat soon."""
+        self._changed.set()
+
+    def register_again(self) -> None:
+        """Something that only registrations say has changed: register once more, soon."""
+        self._must_register = True
         self._changed.set()
 
     async def register(self, *, first: bool) -> RegistrationAnswer:
@@ -132,6 +142,10 @@ class Membership:
         """Send heartbeats until cancelled; register again when a Manager does not answer or does not know us."""
         while True:
             await self._pause()
+            if self._must_register:
+                self._must_register = False
+                await self.register(first=False)
+                continue
             try:
                 answer = await self._client.heartbeat(self._worker_id, Heartbeat(**self._status().model_dump()))
             except UnknownWorker as error:
@@ -183,6 +197,8 @@ class Membership:
             version=_version(),
             region=self._region,
             loadable=list(self._loadable),
+            adapters=sorted(self._adapters.names) if self._adapters is not None else [],
+            adapter_base=self._loadable[0] if self._adapters is not None and self._loadable else "",
             **status,
         )
 

@@ -53,6 +53,11 @@ class WorkerMetrics:
         self.models_loaded = registry.counter(
             "inferq_models_loaded_total", "Restarts of the engine with another model, as the Manager assigned"
         )
+        self.adapter_changes = registry.counter(
+            "inferq_adapter_changes_total",
+            "LoRA adapters that the engine loaded, unloaded, or could not load, as the Manager assigned",
+            ("change",),
+        )
         self.fallback_reclaimed = registry.counter(
             "inferq_fallback_reclaimed_jobs_total",
             "Jobs of dead workers that this one put back on the queue because no Manager acted",

@@ -11,6 +11,7 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from math import nan
+from pathlib import Path
 from typing import cast
 
 from broker import Broker, BrokerSettings
@@ -39,6 +40,7 @@ from telemetry.reporting import reporting
 
 from .context import WorkerContext
 from .engines import Engine
+from .engines.adapter_folder import AdapterFolder
 from .engines.choice import make_engine
 from .engines.process import ProcessEngine
 from .manager_client import ManagerClient
@@ -87,6 +89,7 @@ class Worker:
             drain=self.drain,
             hurry=self.hurry,
             switching=self._engine if isinstance(self._engine, ProcessEngine) and self._engine.loadable else None,
+            adapters=_adapters(settings),
         )
         self._session = WorkerSession(self._context, new_session_id(settings.name))
         self._watch()
@@ -203,6 +206,12 @@ class Worker:
 def _figure(load: EngineLoad | None, figure: Callable[[EngineLoad], float | None]) -> float:
     value = None if load is None else figure(load)
     return nan if value is None else value
+
+
+def _adapters(settings: WorkerSettings) -> AdapterFolder | None:
+    if not settings.adapters_dir:
+        return None
+    return AdapterFolder(Path(settings.adapters_dir), settings.max_adapters, taken=settings.own_models)
 
 
 def _advertised(settings: WorkerSettings, listener: socket.socket) -> str | None:

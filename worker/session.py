@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from functools import partial
 from typing import NoReturn
 
 from broker import Broker
@@ -13,11 +14,13 @@ from scheduling.slots import SlotBounds
 from telemetry import get_logger
 
 from .attempts import Attempt, Attempts, StopReason, StreamTimeouts
+from .attempts.adapter_loads import AdapterLoads
 from .attempts.model_swap import ModelSwap
 from .attempts.waiting import within
 from .context import WorkerContext
 from .core import EngineProgress, LoopWatchdog, Slots
 from .engines import StepReader
+from .engines.adapter_folder import AdapterFolder
 from .fallback_sweeper import FallbackSweeper
 from .frame_batcher import FrameBatcher
 from .lease_renewals import RENEWALS_PER_LEASE, LeaseRenewals
@@ -28,6 +31,7 @@ from .shard_consumer import ShardConsumer
 from .slot_limit import SlotLimit
 
 SWEEP_S = 0.25
+ADAPTERS_SCAN_S = 10.0
 LEAVE_TIMEOUT_S = 5.0
 _JOIN_PAUSE_S = 2.0
 
@@ -51,12 +55,16 @@ class WorkerSession:
         self.broker_ok = False
         self._context = context
         self._model_swap = ModelSwap(context)
+        self._adapters: AdapterLoads | None = None
+        if context.adapters is not None:
+            self._adapters = AdapterLoads(context, context.adapters, self._adapters_changed)
         self._membership = Membership(
             context.client,
             settings.name,
             url=context.url,
             region=settings.region,
             loadable=context.switching.loadable if context.switching is not None else (),
+            adapters=context.adapters,
             metrics=context.metrics,
             status=self.status,
             assigned=self._assigned,
@@ -102,11 +110,15 @@ class WorkerSession:
             draining=self._context.drain.is_set(),
             term=max(self.slots.order[0], 0),
             loaded=self._context.switching.loaded if self._context.switching is not None else "",
+            adapter_room=self._adapters.room if self._adapters is not None else 0,
+            adapter_failures=dict(self._adapters.failures) if self._adapters is not None else {},
         )
 
     def engine_changed(self) -> None:
         """The engine's state or models are others now."""
         self.slots.engine_is(ready=self._context.engine.state is EngineState.READY)
+        if self._adapters is not None:
+            self._adapters.engine_changed()
         self._reconsider()
         self._membership.notify()
 
@@ -159,6 +171,10 @@ class WorkerSession:
             group.create_task(self._sweep(attempts), name="sweep")
             group.create_task(self.slot_limit.run(), name="slot limit")
             group.create_task(self._model_swap.run(attempts), name="model swap")
+            if self._adapters is not None:
+                group.create_task(self._adapters.run(attempts), name="adapters")
+            if self._context.adapters is not None:
+                group.create_task(self._watch_folder(self._context.adapters), name="folder of adapters")
             sweeper = FallbackSweeper(broker, self.session_id, self._context.metrics, lease_s)
             group.create_task(sweeper.run(), name="fallback sweeper")
             self._consumers = [
@@ -170,14 +186,20 @@ class WorkerSession:
                     attempts,
                     self._context,
                     reachable=self._shard_reachable,
-                    answer_ping=renewals.answer_ping,
+                    answer_ping=partial(self._answer_ping, renewals),
                     preemption=preemption,
+                    adapters=self._adapters,
                 )
                 for shard in range(broker.shards)
             ]
             for shard, consumer in enumerate(self._consumers):
                 group.create_task(consumer.run(group, joined=shard not in unjoined), name=f"shard {shard}")
             self.engine_changed()
+
+    def _answer_ping(self, renewals: LeaseRenewals) -> None:
+        """The Manager checks this session, or has something to tell it."""
+        renewals.answer_ping()
+        self._membership.notify()
 
     async def _join(self, broker: Broker) -> set[int]:
         """Join every shard that answers, at least one; those that did not."""
@@ -258,7 +280,19 @@ class WorkerSession:
         if self.slots.assign(assignment, registered=registered):
             log.info("assignment_changed", version=assignment.version, pools=[part.pool for part in assignment.pools])
             self._model_swap.want(assignment.load)
+            if self._adapters is not None:
+                self._adapters.want(assignment.adapters)
             self._reconsider()
+
+    def _adapters_changed(self) -> None:
+        self._membership.notify()
+
+    async def _watch_folder(self, folder: AdapterFolder) -> NoReturn:
+        """Register again when there are other adapters than before."""
+        while True:
+            await asyncio.sleep(ADAPTERS_SCAN_S)
+            if await asyncio.to_thread(folder.scan):
+                self._membership.register_again()
 
     def _ended(self, attempt: Attempt, wait_s: float | None) -> None:
         self.slots.freed()

@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field, SecretStr, model_validator
 from pydantic_settings import NoDecode
 
 from queue_schemas import BadMessage, check_region, check_worker_id
+from queue_schemas.fleet.adapters import MAX_ADAPTER_ROOM
 from queue_schemas.fleet.messages import MAX_LOADABLE, check_worker_url
 from queue_schemas.ids import check_name
 from telemetry import CommaList, HeaderSecret, ManagerUrls, RoleSettings
@@ -66,6 +67,14 @@ class WorkerSettings(RoleSettings):
         [],
         description="further models that the engine (vllm or sim-process) could serve instead of model, which the "
         "Manager decides by demand: NAME, or NAME=MODEL for vLLM; it starts with model",
+    )
+    adapters_dir: str = Field(
+        "",
+        description="folder of LoRA adapters of model, one a sub-folder, by whose name clients call it; the engine "
+        "loads and unloads them by demand while it serves, as the Manager decides; empty: none",
+    )
+    max_adapters: int = Field(
+        8, ge=1, le=MAX_ADAPTER_ROOM, description="adapters that the engine holds at a time (vLLM: --max-loras)"
     )
     served_model_name: str = Field("", description="name under which vLLM serves the model; empty: the model itself")
     sim_args: Arguments = Field([], description="options of the simulated engine, as on its own command line")
@@ -194,6 +203,13 @@ class WorkerSettings(RoleSettings):
         own = (self.engine_kind == "vllm" and self.served_model_name) or self.model
         others = (entry.partition("=") for entry in self.installed_models)
         return {own: self.model} | {name: model or name for name, _, model in others if name != own}
+
+    @property
+    def own_models(self) -> frozenset[str]:
+        """The names of its engine's models, as far as they are known before it runs: no adapter may have one."""
+        if self.engine_kind in ("vllm", "sim-process"):
+            return frozenset(self.installed)
+        return frozenset(name.strip() for name in self.model.split(","))
 
     @property
     def engine_kind(self) -> EngineKind:

@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from broker import Broker
-from queue_schemas import Claimed, Control, ControlKind, Fenced, InferqError, Lease, SessionId
+from queue_schemas import Claimed, Control, ControlKind, Fenced, InferqError, Lease, Pool, SessionId
 from telemetry import get_logger
 from telemetry.backoff import Backoff
 
 from .attempts import Attempts
+from .attempts.adapter_loads import AdapterLoads
 from .context import WorkerContext
 from .core import Claim, Slots
 from .preemption import Preemption
@@ -43,6 +44,7 @@ class ShardConsumer:
         reachable: Callable[[int, bool], None],
         answer_ping: Callable[[], None],
         preemption: Preemption,
+        adapters: AdapterLoads | None = None,
     ) -> None:
         self._shard = shard
         self._broker = broker
@@ -53,6 +55,7 @@ class ShardConsumer:
         self._reachable = reachable
         self._answer_ping = answer_ping
         self._preemption = preemption
+        self._adapters = adapters
         self._signal = asyncio.Event()
         self._must_reconcile = False
         """Whether the server was away, and may have lost its latest writes."""
@@ -145,17 +148,23 @@ class ShardConsumer:
             self._slots.freed()
 
     def _start(self, leases: Sequence[Lease], group: asyncio.TaskGroup) -> None:
-        own, switching = self._context.settings.region, self._context.switching
-        if switching is not None:
-            # What was on its way when the engine changed its model.
+        own = self._context.settings.region
+        if self._context.switching is not None or self._adapters is not None:
+            # What was on its way when the engine changed its model, or unloaded an adapter.
             for lease in leases:
-                if lease.job.model not in switching.models:
+                if self._lacks(lease.job.model):
                     group.create_task(self._hand_back(lease))
-            leases = [lease for lease in leases if lease.job.model in switching.models]
+            leases = [lease for lease in leases if not self._lacks(lease.job.model)]
         for job in (lease.job for lease in leases):
             if job.region and job.region != own:
                 self._context.metrics.remote(job.model, job.region)
         self._attempts.start(leases, group)
+
+    def _lacks(self, model: Pool) -> bool:
+        switching, adapters = self._context.switching, self._adapters
+        if switching is not None and model not in switching.models:
+            return True
+        return adapters is not None and adapters.lacks(model)
 
     def _take_handed(self, lease: Lease | None, group: asyncio.TaskGroup) -> None:
         """Run a job that was handed over, or give it back if none can be run any more. None: it could not be read, and

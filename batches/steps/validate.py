@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 
+from broker import Broker
 from queue_schemas import Lane, Pool
 from scheduling.batch_urgency import INFEASIBLE_LOAD, load_alone
 from scheduling.cost import estimate_cost
@@ -162,11 +163,11 @@ def _same_model(checkpoint: Checkpoint, model: str) -> None:
 
 
 async def _check_model(context: BatchContext, checkpoint: Checkpoint) -> float:
-    """Report an error if no worker serves or served the model; the seconds to wait while one may still join."""
+    """Report an error if no worker serves, served or could load the model; the seconds to wait while one may join."""
     model = Pool(checkpoint.progress.model or "")
     broker = context.queue()
     known = model in (await broker.known_pools.remembered()).known
-    if known or any(model in worker.models for worker in (await broker.fleet.load_workers()).values()):
+    if known or await _is_served(broker, model):
         checkpoint.phase = Phase.COMPARE_IDS
         return 0
     now = context.now_s()
@@ -177,6 +178,15 @@ async def _check_model(context: BatchContext, checkpoint: Checkpoint) -> float:
     sentence = f"there is no model {model[:200]!r} here; GET /v1/models lists the models"
     checkpoint.add_error(BatchError(code="model_not_found", message=sentence, param="body.model", line=1))
     return 0
+
+
+async def _is_served(broker: Broker, model: Pool) -> bool:
+    """Whether a worker serves the model, or could load it: as one of its models, or as an adapter."""
+    workers = (await broker.fleet.load_workers()).values()
+    if any(model in worker.models or model in worker.loadable for worker in workers):
+        return True
+    sets = await broker.fleet.load_adapter_sets(sorted({worker.adapter_set for worker in workers} - {""}))
+    return any(model in adapters for adapters in sets.values())
 
 
 async def _late(context: BatchContext, batch: Batch, checkpoint: Checkpoint) -> str:

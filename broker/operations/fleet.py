@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from pydantic import ValidationError
 
 from queue_schemas import BadMessage, Control, SessionId, ShardKeys, WorkerInfo
 from queue_schemas.fleet.acting_manager import ActingManager
+from queue_schemas.fleet.adapters import adapter_set_of
 from queue_schemas.ids import check_worker_id
-from queue_schemas.keys import MANAGER, SWEEPER, WORKERS
+from queue_schemas.keys import ADAPTERS, MANAGER, SWEEPER, WORKERS
 from telemetry import get_logger
 
 from ..redis.calls import Caller, pairs
@@ -84,3 +86,37 @@ class Fleet:
             await self._caller.command(WORKERS, "HSET", WORKERS, *fields)
         if gone := list(gone):
             await self._caller.command(WORKERS, "HDEL", WORKERS, *gone)
+
+    async def load_adapter_sets(self, names: Collection[str] | None = None) -> dict[str, frozenset[str]]:
+        """The sets of adapters of these names (None: all) that the acting Manager wrote; what is not there, or cannot
+        be read, is left out."""
+        if names is None:
+            found = pairs(await self._caller.once(ADAPTERS, "HGETALL", ADAPTERS))
+        elif names:
+            values = await self._caller.once(ADAPTERS, "HMGET", ADAPTERS, *names)
+            found = [(name.encode(), value) for name, value in zip(names, values, strict=True) if value]
+        else:
+            return {}
+        sets: dict[str, frozenset[str]] = {}
+        for name, value in found:
+            set_name = name.decode("utf-8", "backslashreplace")
+            try:
+                adapters = frozenset(map(str, json.loads(value)))
+                is_whole = adapter_set_of(adapters) == set_name
+            except (ValueError, TypeError, RecursionError):
+                is_whole = False
+            if is_whole:
+                sets[set_name] = adapters
+            else:
+                log.warning("adapter_set_unreadable", name=set_name[:100])
+        return sets
+
+    async def save_adapter_sets(self, new: Mapping[str, Iterable[str]], gone: Iterable[str]) -> None:
+        """Write the sets of adapters that workers could load, and remove those of none."""
+        fields: list[str] = []
+        for name, adapters in new.items():
+            fields += (name, json.dumps(sorted(adapters), ensure_ascii=False))
+        if fields:
+            await self._caller.command(ADAPTERS, "HSET", ADAPTERS, *fields)
+        if gone := list(gone):
+            await self._caller.command(ADAPTERS, "HDEL", ADAPTERS, *gone)

@@ -12,13 +12,16 @@ Rules:
   registry when it deregisters, when its session is declared dead, or when it is unresponsive and has no renewal counter
   for a whole lease.
 * Draining is for good: only a new session works again.
-* A worker that is told to load a model keeps to that for its session: what it says of its engine shows how far it is.
+* A worker that is told to load a model or adapters keeps to that for its session: what it says of its engine shows how
+  far it is.
+* A worker whose adapters are not known here registers again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from weakref import WeakValueDictionary
 
 from queue_schemas import (
     Assignment,
@@ -32,12 +35,15 @@ from queue_schemas import (
     WorkerState,
     WorkerStatus,
 )
+from queue_schemas.fleet.adapters import adapter_set_of
 
+from .adapters import MemberAdapters
 from .assignment import next_assignment, wanted_pools
 from .liveness import ProbeResult, ProbeStatus
 
 FIRST_VERIFY_PAUSE_S, MAX_VERIFY_PAUSE_S = 1.0, 60.0
 _NO_ASSIGNMENT = Assignment(term=0, version=0)
+_NO_ADAPTERS = MemberAdapters()
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +76,7 @@ class Member:
     load: str = ""
     told_at: float | None = None
     load_s: float | None = None
+    adapters: MemberAdapters = _NO_ADAPTERS
     assignment: Assignment = field(default=_NO_ASSIGNMENT)
 
     @property
@@ -90,6 +97,13 @@ class Member:
     def is_present(self) -> bool:
         """Whether it takes work as soon as its engine is ready."""
         return self.state is WorkerState.ACTIVE and self.status.broker_ok
+
+    @property
+    def can_load_adapters(self) -> bool:
+        """Whether its engine serves the base model of adapters that it could load."""
+        status, adapters = self.status, self.adapters
+        serves_base = status.engine is EngineState.READY and not self.is_swapping and status.loaded == adapters.base
+        return bool(adapters.names) and serves_base and status.adapter_room > 0
 
     @property
     def load_failed(self) -> bool:
@@ -126,6 +140,10 @@ class Member:
             state=self.state,
             loaded=status.loaded,
             loadable=list(self.loadable),
+            adapter_set=self.adapters.set_name,
+            adapter_base=self.adapters.base,
+            adapter_room=status.adapter_room,
+            adapter_failures=status.adapter_failures,
             heartbeat_age_ms=0 if now is None else max(0, round((now - self.heard_at) * 1000)),
             assignment=self.assignment,
         )
@@ -140,9 +158,14 @@ class Registry:
         self._unresponsive_s = unresponsive_s
         self._lease_s = lease_s
         self._members: dict[WorkerId, Member] = {}
+        self._adapter_names: WeakValueDictionary[str, frozenset[str]] = WeakValueDictionary()
+        """Of each set that a member could load, once."""
 
-    def load(self, snapshot: Iterable[WorkerInfo], now: float) -> None:
+    def load(
+        self, snapshot: Iterable[WorkerInfo], now: float, adapter_sets: Mapping[str, Iterable[str]] | None = None
+    ) -> None:
         """Begin with what the last Manager wrote down. All count as just heard: the next heartbeats decide."""
+        adapter_sets = adapter_sets or {}
         for info in snapshot:
             status = WorkerStatus.model_validate(info.model_dump())
             member = Member(
@@ -158,6 +181,9 @@ class Registry:
                 load=info.assignment.load,
                 told_at=now if info.assignment.load else None,
                 load_s=0.0 if info.engine is EngineState.READY and not info.is_swapping else None,
+                adapters=self._adapters(
+                    info.adapter_set, adapter_sets.get(info.adapter_set, ()), info.adapter_base
+                ).told_before(info.assignment.adapters or (), info.models, now),
                 assignment=info.assignment,
             )
             self._put(member, now)
@@ -189,6 +215,9 @@ class Registry:
             region=registration.region,
             verify_at=now,
             loadable=tuple(registration.loadable),
+            adapters=self._adapters(
+                adapter_set_of(registration.adapters), registration.adapters, registration.adapter_base
+            ).told_before(registration.models, registration.models, now),
             heard=True,
         )
         if known is not None and known.session_id == member.session_id:
@@ -199,6 +228,7 @@ class Registry:
                 load=known.load,
                 told_at=known.told_at,
                 load_s=known.load_s,
+                adapters=replace(member.adapters, told=known.adapters.told),
                 assignment=known.assignment,
             )
             if known.url == member.url:
@@ -217,6 +247,8 @@ class Registry:
         member = self.find(worker_id)
         if member is None or member.session_id != heartbeat.session_id:
             raise UnknownWorker(f"worker {worker_id!r} is not registered here in this session: register again")
+        if member.adapters.are_unknown:
+            raise UnknownWorker(f"the adapters of worker {worker_id!r} are not known here: register again")
         if heartbeat.term > self.term or (heartbeat.term == self.term and not member.heard):
             raise UnknownWorker(f"worker {worker_id!r} follows an assignment of another Manager: register again")
         return self._put(replace(member, status=heartbeat, heard_at=now, heard=True), now)
@@ -229,6 +261,22 @@ class Registry:
         """Have a worker load one of its loadable models. Raises ``UnknownWorker``."""
         member = self.get(worker_id)
         return self._put(replace(member, load=model, told_at=now, load_s=None), now)
+
+    def tell_adapter(self, worker_id: str, adapter: str, instead_of: str, now: float) -> None:
+        """Have a worker load an adapter, and unload another one if ``instead_of`` names it. Raises
+        ``UnknownWorker``."""
+        member = self.get(worker_id)
+        self._put(replace(member, adapters=member.adapters.tell(adapter, instead_of, now)), now)
+
+    def untell_adapter(self, worker_id: str, adapter: str, now: float) -> None:
+        """Ask a worker for an adapter no longer. Raises ``UnknownWorker``."""
+        member = self.get(worker_id)
+        self._put(replace(member, adapters=member.adapters.without(adapter)), now)
+
+    def adapter_sets(self) -> dict[str, frozenset[str]]:
+        """The adapters that members could load, by the names of their sets."""
+        all_of_them = (member.adapters for member in self._members.values())
+        return {adapters.set_name: adapters.names for adapters in all_of_them if adapters.names}
 
     def leave(self, worker_id: str, session_id: str) -> bool:
         """Forget a worker that deregisters; False if that session is no member (any more)."""
@@ -302,13 +350,23 @@ class Registry:
         load_s = member.load_s
         if load_s is None and status.engine is EngineState.READY and not member.is_swapping:
             load_s = 0.0 if member.told_at is None else now - member.told_at
-        member = replace(member, state=state, load_s=load_s)
+        adapters = member.adapters.heard(status, now, is_swapping=member.is_swapping)
+        member = replace(member, state=state, load_s=load_s, adapters=adapters)
         if member.assignment.term != self.term or not self._same_inputs(member):
-            models = [] if member.is_swapping else status.models
+            models = [] if member.is_swapping else adapters.served(status.models)
             pools = wanted_pools(state, status.engine, models, member.assignment.pools, self._shard_of)
-            member = replace(member, assignment=next_assignment(member.assignment, self.term, pools, member.load))
+            assignment = next_assignment(member.assignment, self.term, pools, member.load, adapters.assigned)
+            member = replace(member, assignment=assignment)
         self._members[member.worker_id] = member
         return member
+
+    def _adapters(self, set_name: str, names: Iterable[str], base: str) -> MemberAdapters:
+        if not set_name:
+            return _NO_ADAPTERS
+        known = self._adapter_names.get(set_name) or frozenset(names)
+        if known:
+            self._adapter_names[set_name] = known
+        return MemberAdapters(known, set_name, base)
 
     def _same_inputs(self, member: Member) -> bool:
         """Whether the assignment that ``member`` has was made from what it says now: most heartbeats change nothing."""
@@ -317,6 +375,7 @@ class Registry:
             known is not None
             and known.assignment is member.assignment
             and (known.state, known.status.engine, known.load) == (member.state, member.status.engine, member.load)
+            and known.adapters is member.adapters
             and known.status.loaded == member.status.loaded
             and known.status.models == member.status.models
         )

@@ -25,6 +25,7 @@ from ..ids import (
     check_worker_id,
 )
 from ..lanes import LANES, Lane
+from .adapters import AdapterBase, AdapterFailures, AdapterNames, AdapterRoom, AdapterSet, AssignedAdapters
 from .model_cards import bounded_cards
 
 FABRIC_PREFIX = "/fabric/v1"
@@ -144,6 +145,8 @@ class WorkerStatus(_Message):
         exclude_if=_is_empty,
         description="of the models that it could load, the one that its engine serves or starts with",
     )
+    adapter_room: AdapterRoom = 0
+    adapter_failures: AdapterFailures = Field(default_factory=dict)
 
 
 class Registration(WorkerStatus):
@@ -156,6 +159,8 @@ class Registration(WorkerStatus):
     version: str = Field(default="", max_length=200)
     region: _Region = Field(default="", max_length=MAX_REGION_LENGTH)
     loadable: _Loadable = Field(default_factory=list)
+    adapters: AdapterNames = Field(default_factory=list)
+    adapter_base: AdapterBase = ""
 
 
 class PoolAssignment(_Message):
@@ -178,6 +183,7 @@ class Assignment(_Message):
         exclude_if=_is_empty,
         description="the model that its engine is to serve, of those it could load; empty: the one that it does",
     )
+    adapters: AssignedAdapters = None
 
     @property
     def order(self) -> tuple[int, int]:
@@ -236,6 +242,10 @@ class WorkerInfo(_Message):
     heartbeat_age_ms: int = Field(default=0, ge=0, le=MAX_MS)
     loaded: _MaybeModel = Field(default="", max_length=MAX_NAME_BYTES, exclude_if=_is_empty)
     loadable: _Loadable = Field(default_factory=list)
+    adapter_set: AdapterSet = ""
+    adapter_base: AdapterBase = ""
+    adapter_room: AdapterRoom = 0
+    adapter_failures: AdapterFailures = Field(default_factory=dict)
     assignment: Assignment
 
     @property

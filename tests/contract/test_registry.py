@@ -11,7 +11,8 @@ from broker import Broker, RememberedPools
 from broker.operations.known_pools import POOL_MEMORY_MS
 from queue_schemas import Assignment, EngineState, WorkerInfo, new_session_id
 from queue_schemas.fleet.acting_manager import ActingManager
-from queue_schemas.keys import MANAGER, POOLS, WORKERS, autoscaler_key
+from queue_schemas.fleet.adapters import adapter_set_of
+from queue_schemas.keys import ADAPTERS, MANAGER, POOLS, WORKERS, autoscaler_key
 from tests.support.waiting import eventually
 
 
@@ -89,6 +90,25 @@ async def test_the_registry_survives_its_manager(broker: Broker) -> None:
     await broker.fleet.save_workers([], [])
     await broker.fleet.save_workers([], ["never-there"])
     assert await broker.fleet.load_workers() == {"w-1": changed}
+
+
+async def test_sets_of_adapters_are_kept_by_name(broker: Broker, client: Any) -> None:
+    """Many workers have one; what is garbage, or not what its name says, is left out."""
+    sets = {adapter_set_of(names): frozenset(names) for names in (["x", "ä/y"], ["z"])}
+    first, second = sets
+    await broker.fleet.save_adapter_sets(sets, [])
+    assert await broker.fleet.load_adapter_sets() == sets
+    assert await broker.fleet.load_adapter_sets([second, "0" * 32]) == {second: frozenset({"z"})}
+    assert await broker.fleet.load_adapter_sets([]) == {}
+    garbage = {
+        "0" * 32: "[]", "1" * 32: '["x"]', "2" * 32: "{", "3" * 32: "[" * 10_000, "4" * 32: "7", b"\xff": "[]",
+        "5" * 32: '["\\ud800"]', "6" * 32: b"\xff",
+    }  # fmt: skip
+    await client.hset(ADAPTERS, mapping=garbage)
+    assert await broker.fleet.load_adapter_sets() == sets
+    assert await broker.fleet.load_adapter_sets(["1" * 32, first]) == {first: sets[first]}
+    await broker.fleet.save_adapter_sets({}, [first, "never-there"])
+    assert await broker.fleet.load_adapter_sets() == {second: sets[second]}
 
 
 async def test_an_entry_that_cannot_be_read_is_left_out(broker: Broker, client: Any) -> None:

@@ -64,6 +64,8 @@ class Attempts:
         self._aborted: OrderedDict[JobId, None] = OrderedDict()
         self._idle = asyncio.Event()
         self._idle.set()
+        self._model_idle: dict[str, asyncio.Event] = {}
+        """Of models whose last attempt is waited for."""
         self._output_before = 0
         self._output_at = 0.0
 
@@ -161,6 +163,24 @@ class Attempts:
             self.hand_back()
             await within(self.idle(), HAND_BACK_TIMEOUT_S)
 
+    async def finish_model(self, model: str, timeout_s: float, hurry: asyncio.Event) -> None:
+        """:meth:`finish` for the attempts of one model."""
+        if not self._of_model(model):
+            return
+        idle = self._model_idle[model] = asyncio.Event()
+        try:
+            if not await within(first(idle.wait(), hurry.wait()), timeout_s) or self._of_model(model):
+                running = self._of_model(model)
+                log.warning("jobs_handed_back", jobs=len(running), model=model)
+                for attempt in running:
+                    attempt.stop(StopReason.WORKER_STOPS)
+                await within(idle.wait(), HAND_BACK_TIMEOUT_S)
+        finally:
+            del self._model_idle[model]
+
+    def _of_model(self, model: str) -> list[Attempt]:
+        return [attempt for attempt in self._running.values() if attempt.lease.job.model == model]
+
     def hand_back(self) -> None:
         """Stop all attempts; their jobs go to other workers as if they had not been started."""
         for attempt in list(self._running.values()):
@@ -201,5 +221,7 @@ class Attempts:
             self._running.pop(lease.attempt_id, None)
             if not self._running:
                 self._idle.set()
+            if self._model_idle and job.model in self._model_idle and not self._of_model(job.model):
+                self._model_idle[job.model].set()
             if attempt.has_slot:
                 self._ended(attempt, wait_s)

@@ -39,6 +39,7 @@ def make_engine(settings: WorkerSettings, restarted: Callable[[], None] = lambda
                     served_name="" if served == model else served,
                     device=settings.vllm_device,
                     media_domains=settings.media_domains,
+                    max_adapters=settings.max_adapters if settings.adapters_dir and model == settings.model else 0,
                     arguments=settings.vllm_args,
                 )
                 for served, model in settings.installed.items()

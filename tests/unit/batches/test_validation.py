@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from queue_schemas import Assignment, WorkerInfo
+from queue_schemas.fleet.adapters import adapter_set_of
 from storage import Batch, BatchStatus
 from tests.support.batches import ACME, jsonl, line
 
@@ -117,6 +119,25 @@ async def test_a_model_that_nobody_has_named_yet_is_waited_for(tmp_path: Path) -
         scene.now += 6
         batch = await scene.until(late, lambda batch: batch.ended)
         assert told(batch) == [("model_not_found", 1)]
+
+
+async def test_a_model_that_a_worker_could_load_is_one(tmp_path: Path) -> None:
+    """As its engine's model, or as an adapter: nobody had to ask for it before."""
+    async with opened(tmp_path) as scene:
+        adapters = frozenset({"tuned"})
+        info = WorkerInfo(
+            worker_id="w1",
+            session_id=scene.worker.session_id,
+            loadable=["sim", "installed"],
+            adapter_set=adapter_set_of(adapters),
+            assignment=Assignment(term=1, version=1),
+        )
+        await scene.broker.fleet.save_adapter_sets({info.adapter_set: adapters}, [])
+        await scene.broker.fleet.save_workers([info], [])
+        for model in ("installed", "tuned"):
+            batch_id = scene.submit([line(1, model=model)])
+            batch = await scene.until(batch_id, lambda batch: batch.progress.status is not BatchStatus.VALIDATING)
+            assert batch.progress.status is BatchStatus.IN_PROGRESS
 
 
 async def test_an_input_that_is_gone_before_the_batch_began_fails_it(scene: Scene) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -41,6 +41,7 @@ class FakeQueue:
     controls: list[tuple[SessionId, Control]] = field(default_factory=list)
     reclaimed: list[SessionId] = field(default_factory=list)
     workers: dict[str, WorkerInfo] = field(default_factory=dict)
+    adapter_sets: dict[str, frozenset[str]] = field(default_factory=dict)
     pools: dict[Pool, bool] = field(default_factory=dict)
     autoscalers: dict[str, str] = field(default_factory=dict)
     waiting: dict[Pool, dict[Lane, LaneDepth]] = field(default_factory=dict)
@@ -139,6 +140,16 @@ class FakeQueue:
         self.workers |= {info.worker_id: info for info in changed}
         for worker_id in gone:
             self.workers.pop(worker_id, None)
+
+    async def load_adapter_sets(self) -> dict[str, frozenset[str]]:
+        self._trip()
+        return dict(self.adapter_sets)
+
+    async def save_adapter_sets(self, new: Mapping[str, Iterable[str]], gone: Iterable[str]) -> None:
+        self._trip()
+        self.adapter_sets |= {name: frozenset(adapters) for name, adapters in new.items()}
+        for name in gone:
+            self.adapter_sets.pop(name, None)
 
     async def remember(self, models: Iterable[str], *, declared: bool = False) -> None:
         self._trip()

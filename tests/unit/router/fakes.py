@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
@@ -70,6 +70,7 @@ class FakeQueue:
         self.ready = asyncio.Event()
         self.round_trips = 0
         self.workers = {"w1": worker(*models)} if models else {}
+        self.adapter_sets: dict[str, frozenset[str]] = {}
         self.pools: dict[Pool, bool] = {}
         self.scaled: frozenset[Pool] = frozenset()
         self.enqueued: asyncio.Queue[Job] = asyncio.Queue()
@@ -211,6 +212,9 @@ class FakeQueue:
         if self.down:
             raise BrokerUnavailable("Redis is away")
         return self.workers
+
+    async def load_adapter_sets(self, names: Collection[str]) -> dict[str, frozenset[str]]:
+        return {name: self.adapter_sets[name] for name in names if name in self.adapter_sets}
 
     async def remembered(self) -> RememberedPools:
         return RememberedPools(self.pools, self.scaled)

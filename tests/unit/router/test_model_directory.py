@@ -117,3 +117,14 @@ def test_a_worker_that_is_to_load_another_model_serves_none() -> None:
     told = worker("a").model_copy(update={"loadable": ["a", "b"], "loaded": "a"})
     told = told.model_copy(update={"assignment": told.assignment.model_copy(update={"load": "b"})})
     assert build_directory([told], [], [], Directory(), 1).workers_of("a") == 0
+
+
+def test_adapters_that_could_be_loaded_are_models() -> None:
+    """Of workers that are there; requests for them are queued, also where a model without a worker is refused."""
+    sets = {"one": ["x", "y"], "two": ["z"], "nobody's": ["n"]}
+    first = worker("base", "x").model_copy(update={"adapter_set": "one"})
+    gone = worker("base").model_copy(update={"adapter_set": "two", "state": WorkerState.DRAINING})
+    directory = build_directory([first, first, gone], [], [], Directory(), 1, adapter_sets=sets)
+    assert list(directory.pools) == ["base", "x", "y"]
+    assert (directory.workers_of("x"), directory.workers_of("y")) == (2, 0)
+    check_model("y", directory, "refuse")

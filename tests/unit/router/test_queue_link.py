@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 
 import pytest
 
@@ -12,7 +12,7 @@ from router import RouterSettings, queue_link
 from router.queue_link import QueueLink
 from telemetry.backoff import Backoff
 from tests.support.waiting import eventually
-from tests.unit.router.fakes import FakeQueue, router
+from tests.unit.router.fakes import FakeQueue, router, worker
 
 
 class CountingQueue(FakeQueue):
@@ -98,3 +98,30 @@ async def test_a_server_that_becomes_unfit_is_reported(monkeypatch: pytest.Monke
         assert link.ready_queue() is link.queue
         found.clear()
         await eventually(lambda: not link.reasons, "it is forgiven")
+
+
+async def test_sets_of_adapters_are_read_when_they_are_new() -> None:
+    """Not with each refresh; those that no worker has any more are forgotten."""
+    asked: list[set[str]] = []
+
+    class Queue(FakeQueue):
+        async def load_adapter_sets(self, names: Collection[str]) -> dict[str, frozenset[str]]:
+            asked.append(set(names))
+            return {name: frozenset({f"of-{name[0]}"}) for name in names}
+
+    def have(queue: Queue, *names: str) -> None:
+        queue.workers = {
+            name: worker("base").model_copy(update={"worker_id": name, "adapter_set": name}) for name in names
+        }
+
+    queue, first, second = Queue("base"), "1" * 32, "2" * 32
+    async with router(queue, directory_interval_ms=60_000) as app:
+        have(queue, first, second)
+        directory = await app.services.link.fresh_directory()
+        assert list(directory.pools) == ["base", "of-1", "of-2"]
+        have(queue, second)
+        directory = await app.services.link.fresh_directory()
+        assert list(directory.pools) == ["base", "of-2"]
+        have(queue, first)
+        await app.services.link.fresh_directory()
+    assert [names for names in asked if names] == [{first, second}, {first}]

@@ -310,6 +310,27 @@ async def test_a_ping_is_answered_at_once_also_by_a_blocked_loop() -> None:
     await running
 
 
+async def test_a_ping_brings_a_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever pings may have something to tell, which heartbeats' answers do."""
+    heartbeats: list[str] = []
+
+    async def heartbeat(self: Manager, worker_id: str, heartbeat: Heartbeat) -> HeartbeatAnswer:
+        heartbeats.append(worker_id)
+        return HeartbeatAnswer(assignment=ASSIGNMENT)
+
+    monkeypatch.setattr(Manager, "heartbeat", heartbeat)
+    broker = SurprisingBroker()
+    registered = REGISTERED.model_copy(update={"heartbeat_interval_ms": 600_000})
+    session, drain = session_on(broker, registered=registered)
+    running = asyncio.create_task(session.run(first=True))
+    await eventually(lambda: session.broker_ok and heartbeats, "it has told that it reaches the queue")
+    known = len(heartbeats)
+    broker.pings = 1
+    await eventually(lambda: len(heartbeats) > known, "it sends another one", limit_s=5)
+    drain.set()
+    await running
+
+
 async def test_a_queue_that_is_away_or_full_at_the_start_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker that starts in the middle of trouble gets its queue once the trouble is over."""
     troubles: list[InferqError] = [BrokerUnavailable("away"), BrokerFull("full")]

@@ -10,6 +10,7 @@ import pytest
 
 from queue_schemas import CannotStart, check_worker_id
 from worker import WorkerSettings
+from worker.engines import choice
 from worker.engines.choice import make_engine
 from worker.engines.process import ProcessEngine
 from worker.service import read_settings
@@ -135,3 +136,30 @@ def test_a_worker_without_installed_models_says_nothing_of_them() -> None:
     engine = make_engine(WorkerSettings.load(engine="sim-process", model="a,b"))
     assert isinstance(engine, ProcessEngine)
     assert engine.loadable == ()
+
+
+def test_adapters_are_those_of_the_first_model() -> None:
+    """None is named like a model of the engine, and only that model's vLLM can load any."""
+    assert WorkerSettings.load(model="/m/a", served_model_name="a", installed_models="b").own_models == {"a", "b"}
+    assert WorkerSettings.load(engine="sim", model="a, b").own_models == {"a", "b"}
+    for wrong in (0, 257):
+        with pytest.raises(CannotStart, match="max_adapters"):
+            WorkerSettings.load(model="a", max_adapters=wrong)
+
+
+def test_only_the_model_that_adapters_fit_is_started_with_room_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And none where no folder is given."""
+    given: list[tuple[str, object]] = []
+
+    def note_launch(_: str, model: str, **options: object) -> object:
+        given.append((model, options["max_adapters"]))
+        return lambda port: None
+
+    monkeypatch.setattr(choice, "vllm_launch", note_launch)
+    monkeypatch.setattr(choice, "find_vllm", lambda command: "/opt/vllm")
+    settings = {"engine": "vllm", "model": "a", "installed_models": "b", "max_adapters": 3}
+    choice.make_engine(WorkerSettings.load(**settings, adapters_dir=str(tmp_path)))
+    choice.make_engine(WorkerSettings.load(**settings))
+    assert given == [("a", 3), ("b", 0), ("a", 0), ("b", 0)]

@@ -110,6 +110,18 @@ async def test_an_engine_that_loaded_another_model_runs_no_job_of_the_last_one(s
     assert (scene.started, scene.slots.busy) == ([own], 1)
 
 
+async def test_jobs_of_an_adapter_that_is_not_there_go_back(scene: Scene) -> None:
+    """It was unloaded while they were on their way."""
+    late, own = lease("one"), lease("two")
+    lacking = {late.job.model}
+    scene.consumer._adapters = SimpleNamespace(lacks=lacking.__contains__)  # type: ignore[assignment]
+    await scene.tell(late)
+    assert (scene.started, scene.released, scene.slots.busy) == ([], [late], 0)
+    lacking.clear()
+    await scene.tell(own)
+    assert (scene.started, scene.slots.busy) == ([own], 1)
+
+
 async def test_what_cannot_be_read_costs_no_slot(scene: Scene) -> None:
     """It was one of those offered: were it not counted, the worker would claim one too few for ever."""
     await scene.tell(None, None)

@@ -82,3 +82,32 @@ async def test_jobs_are_handed_back_uncounted_when_the_worker_stops() -> None:
         await eventually(lambda: len(bench.engine.calls) == 2, "both run")
         bench.attempts.hand_back()
     assert bench.broker.released == [("its worker stops", False)] * 2
+
+
+async def test_the_jobs_of_one_model_are_waited_for_and_then_handed_back() -> None:
+    """Others run on, and count for nothing."""
+    silent = Answer(200, SSE, [asyncio.Event()])
+    bench, hurry = Bench(silent), asyncio.Event()
+    leases = [lease(model="x"), lease(model="x"), lease(model="other")]
+    async with bench.running(*leases):
+        await eventually(lambda: len(bench.engine.calls) == 3, "all run")
+        await bench.attempts.finish_model("unheard of", 60, hurry)
+        waiting = asyncio.create_task(bench.attempts.finish_model("x", 60, hurry))
+        await asyncio.sleep(0)
+        bench.attempts.abort(leases[0].job.id, "cancelled")
+        await eventually(lambda: len(bench.attempts) == 2, "one has ended")
+        assert not waiting.done()
+        bench.attempts.abort(leases[1].job.id, "cancelled")
+        await asyncio.wait_for(waiting, 10)
+        assert bench.broker.released == []
+        async with asyncio.TaskGroup() as group:
+            bench.attempts.start([lease(model="x")], group)
+            await bench.attempts.finish_model("x", 0, hurry)
+        assert bench.broker.released == [("its worker stops", False)]
+        hurry.set()
+        async with asyncio.TaskGroup() as group:
+            bench.attempts.start([lease(model="x")], group)
+            await bench.attempts.finish_model("x", 60, hurry)
+        assert len(bench.broker.released) == 2
+        assert len(bench.attempts) == 1
+        bench.attempts.abort(leases[2].job.id, "cancelled")

@@ -5,17 +5,17 @@ The acting Manager runs it with its sweeps. It asks the queue nothing where no w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from queue_schemas import LaneDepth, Pool, SessionId
 from queue_schemas.lanes import Lane
 from scheduling.placement import PlacedWorker, PoolDemand, PoolRules, demand_of, place
 from telemetry import get_logger
 
-from .core import Member, Registry
-from .metrics import FleetMetrics
-from .ports import Clock, QueuePort, call_queue
-from .settings import ManagerSettings
+from ..core import Member, Registry
+from ..metrics import FleetMetrics
+from ..ports import Clock, QueuePort, call_queue
+from ..settings import ManagerSettings
 
 RETRY_FAILED_S = 600.0
 """How long a worker is not told again to load a model that it could not load."""
@@ -23,7 +23,7 @@ RETRY_FAILED_S = 600.0
 log = get_logger(__name__)
 
 
-class Placement:
+class ModelPlacement:
     """Moves workers of ``registry`` between models. ``changed(worker_id)`` is called when a member's entry has changed.
 
     What it remembers beside the registry (loads that failed, pools without a worker) is lost with the term.
@@ -54,7 +54,8 @@ class Placement:
         if all(len(member.loadable) < 2 for member in members):
             return
         away: set[int] = set()
-        depths = await call_queue(self._timeout_ms, self._queue.stats.depths(away))
+        queued = await call_queue(self._timeout_ms, self._queue.stats.depths(away))
+        depths = with_adapters(queued, members)
         now = self._clock()
         self._note_failures(members, now)
         known = {model for model in (*depths, *self._rules) if not self._is_away(model, away)}
@@ -92,6 +93,7 @@ class Placement:
         placed = []
         for member in members:
             status, model = member.status, member.model
+            served = [served for served in status.models if served not in member.adapters.names]
             stays = len(member.loadable) < 2 or not model or self._is_away(model, away)
             models = () if stays else member.loadable
             if models not in loadable:
@@ -99,7 +101,7 @@ class Placement:
             placed.append(
                 PlacedWorker(
                     worker_id=member.worker_id,
-                    models=frozenset([model] if member.is_swapping else [*status.models, *([model] if model else ())]),
+                    models=frozenset([model] if member.is_swapping else [*served, *([model] if model else ())]),
                     slots=status.slots,
                     loaded=model,
                     loadable=loadable[models],
@@ -120,3 +122,31 @@ class Placement:
         for member in members:
             if member.load_failed and member.model:
                 self._refused_until[member.session_id, member.model] = now + RETRY_FAILED_S
+
+
+def with_adapters(
+    depths: Mapping[Pool, Mapping[Lane, LaneDepth]], members: Iterable[Member]
+) -> dict[Pool, Mapping[Lane, LaneDepth]]:
+    """The depths with the jobs of adapters as jobs of the model that workers must load before they load an adapter."""
+    bases = {
+        member.adapters.set_name: (member.adapters.names, Pool(member.adapters.base))
+        for member in members
+        if member.adapters.base
+    }
+    merged = dict(depths)
+    for names, base in bases.values():
+        for adapter in sorted(names & merged.keys()):
+            merged[base] = _together(merged.get(base, {}), merged.pop(Pool(adapter)))
+    return merged
+
+
+def _together(one: Mapping[Lane, LaneDepth], other: Mapping[Lane, LaneDepth]) -> dict[Lane, LaneDepth]:
+    lanes = dict(one)
+    for lane, depth in other.items():
+        so_far = lanes.get(lane, LaneDepth())
+        lanes[lane] = LaneDepth(
+            waiting=so_far.waiting + depth.waiting,
+            leased=so_far.leased + depth.leased,
+            oldest_age_ms=max(so_far.oldest_age_ms, depth.oldest_age_ms),
+        )
+    return lanes
