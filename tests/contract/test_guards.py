@@ -495,6 +495,17 @@ async def who_leaves_is_charged_for_what_was_said(scene: Scene) -> None:
     assert standing == {b"greedy": 8_000.0, b"acme": 100.0}
 
 
+async def a_debt_is_not_forgotten(scene: Scene) -> None:
+    """Of a tenant that stood below all when it left: what it was charged too little stands above what all have had."""
+    leases = {}
+    for tenant, cost in (("greedy", 10), ("acme", 100)):
+        await scene.broker.jobs.enqueue(make_job(tenant=tenant, cost_estimate=cost))
+        leases[tenant] = await scene.worker.claim_one()
+    await scene.broker.attempts.settle(leases["greedy"], Outcome.DONE, answer_frame(leases["greedy"]), used=8_000)
+    service = f"{KEYS.prefix}service:{queue_key(MODEL, Lane.INTERACTIVE)}:2"
+    assert await scene.client.zscore(service, "greedy") == 10 + 100 + 7_990
+
+
 async def a_parked_worker_refuses_nobody(scene: Scene) -> None:
     """One that offers nothing has a free slot, and will be woken."""
     await scene.worker.claim(1)
@@ -510,6 +521,7 @@ async def a_full_worker_frees_nothing(scene: Scene) -> None:
 
 GUARDS: list[tuple[Scenario, Rewrite]] = [
     (who_leaves_is_charged_for_what_was_said, Rewrite("cancel", "correct(job, used) end", "end")),
+    (a_debt_is_not_forgotten, Rewrite("fairness", " or one.by > 0 and served[1]\n", "\n")),
     (a_parked_worker_refuses_nobody, Rewrite("enqueue", "(most_free(at) or is_parked_at(at, now))", "most_free(at)")),
     (a_full_worker_frees_nothing, Rewrite("parking", "if not call('HGET', P .. 'claimed:' .. id, 'full') then", "do")),
     (who_would_wait_too_long_is_refused, Rewrite("enqueue", " > tonumber(patience)", " > 1e12")),

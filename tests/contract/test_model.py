@@ -31,17 +31,14 @@ MUTANTS = {
     "renewal stop": Rewrite("renew", "if is_fenced(session_id) then return -1 end", ""),
     "deadline check": Rewrite("claim", "job and tonumber(job.deadline) <= now", "false"),
     "one is asked for each": Rewrite("preemption", "mark(job, 'ZADD', int(-now), id)", ""),
-    "yields end": Rewrite("release", "int(left - 1)", "'1'"),
     "charge": Rewrite("claim", "start and start + charge_of(job)", "start and start + 1"),
     "lift": Rewrite("fairness", " or served[1]\n", "\n"),
     "taken back": Rewrite("attempts", "  correct(job, 0)\n", ""),
     "corrected by usage": Rewrite("settle", "note_correction(job, tonumber(ARGV[i + 4]))", "local _ = 0"),
     "remembered": Rewrite("fairness", "exact(stands), '*', exact(stands), tenant", "exact(stands), '*'"),
-    "debt": Rewrite("fairness", " or one.by > 0 and served[1]\n", "\n"),
     "waiting cost": Rewrite("counters", "by * tonumber(cost)", "by"),
     "rates": Rewrite("rates", "if not run_ms then return end", "if run_ms then return end"),
     "arrivals": Rewrite("expire", "if passed >= 0 and passed < LOOK_MS then return end", ""),
-    "budget": Rewrite("finish", "spend(job.pool, job.tenant, -1, -tonumber(job.size))", ""),
 }
 
 
