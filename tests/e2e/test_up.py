@@ -46,7 +46,7 @@ class Up:
         found: dict[str, Any] = json.loads(self.output.read_text().splitlines()[-1])
         return found
 
-    async def ended(self, limit_s: float = 30.0) -> int:
+    async def ended(self, limit_s: float = 60.0) -> int:
         """Its exit code, waited for."""
         await eventually(lambda: not self.process.running, "inferq up ends", limit_s=limit_s)
         assert self.process.returncode is not None

@@ -258,4 +258,5 @@ class Slots:
         state.under_way = Claim(
             shard, state.seq, state.turn, n, pools, offer, state.received, self.cache, self.total, given_up
         )
-        state.reserved = offer or n
+        # By what it offered before, jobs may be handed over until this claim is answered.
+        state.reserved = max(offer or n, state.reserved if state.parked_for is not None else 0)

@@ -308,21 +308,17 @@ class SlotsMachine(RuleBasedStateMachine):
 
     @invariant()
     def never_promises_more_than_it_has(self) -> None:
-        """What runs, what is on its way, what a claim may bring and what may be handed over fit the slots; what
-        does not fit a lowered number of them does not grow, but by what was offered before the queue knew."""
-        promised, late = sum(self.unread.values()), 0
+        """What runs, what is on its way, what a claim may bring and what may be handed over, until it is answered by an
+        older offer, fit the slots; what does not fit a lowered number of them does not grow."""
+        promised = self.slots.busy + sum(self.unread.values())
         for shard in (0, 1):
-            if shard in self.sent:
-                claim = self.sent[shard]
+            claim, may_bring = self.sent.get(shard), 0
+            if claim is not None:
                 asked = max(claim.n, claim.offer)
-                open_slots = asked - min(self.handed_over[shard] - claim.received, asked)
-                promised += open_slots
-                late += max(self.offered[shard] - open_slots, 0)
-            else:
-                promised += self.offered[shard]
-        promised += self.slots.busy
+                may_bring = max(asked - (self.handed_over[shard] - claim.received), 0)
+            promised += max(may_bring, self.offered[shard])
         assert 0 <= promised <= max(self.slots.total, self.promised_before)
-        self.promised_before = promised + late
+        self.promised_before = promised
 
     @invariant()
     def what_is_due_is_claimed(self) -> None:
@@ -477,6 +473,7 @@ def test_an_offer_is_withdrawn_when_another_shard_is_assigned() -> None:
     withdrawn = slots.next_claim(0, 0.0)
     assert withdrawn is not None
     assert withdrawn.offer == 0
+    assert slots.next_claim(1, 0.0) is None  # jobs may still be handed over by the offer
     answer(slots, withdrawn, 0, 0.0)
     assert slots.next_claim(1, 0.0) is not None
 
