@@ -14,6 +14,9 @@ from queue_schemas import Lane
 
 from .autoscale import LaneLoad, PoolLoad, ScalingRules, Wish, replicas_wanted
 
+FULL_AFTER_MS = 1_000
+"""Workers are full once a job has waited so long behind all their slots. A moment's burst fills slots of workers that
+would adapt them and take more (:mod:`scheduling.slots`)."""
 LEARN_MS = 10_000
 """A measurement replaces what was known with this time constant."""
 DOUBLE_MS = 12 * 3_600_000
@@ -57,7 +60,7 @@ class WorkerCapacity:
             job_cost = min(interactive.usual_run_ms / interactive.ms_per_cost, _MAX_COST)
             self._job_cost += (job_cost - self._job_cost) * (share if self._job_cost else 1.0)
         leased = sum(lane.leased for lane in lanes)
-        is_full = leased >= load.slots and any(lane.waiting for lane in lanes)
+        is_full = leased >= load.slots and any(one.waiting and one.oldest_age_ms >= FULL_AFTER_MS for one in lanes)
         served = [lane.leased / lane.ms_per_cost for lane in lanes if lane.leased and lane.ms_per_cost]
         if is_full and load.workers and load.slots and served:
             cost_per_s, before = min(1000 * sum(served) / load.workers, _MAX_COST), self._believed(now_ms)

@@ -11,23 +11,36 @@ from hypothesis import strategies as st
 
 from queue_schemas import LANES, Lane
 from scheduling.autoscale import LaneLoad, PoolLoad, ScalingRules, Stabilizer, replicas_wanted
-from scheduling.capacity import DOUBLE_MS, FORGET_MS, WorkerCapacity
+from scheduling.capacity import DOUBLE_MS, FORGET_MS, FULL_AFTER_MS, WorkerCapacity
 
 RULES = ScalingRules(min=1, max=40, worker_slots=32)
 COST = 200
 
 
-def pool(workers: int, *, waiting: int = 0, running: int = 0, run_ms: float = 1_000, per_s: float = 10) -> PoolLoad:
+def pool(
+    workers: int,
+    *,
+    waiting: int = 0,
+    running: int = 0,
+    run_ms: float = 1_000,
+    per_s: float = 10,
+    age_ms: float = FULL_AFTER_MS,
+) -> PoolLoad:
     """Workers of 32 slots and interactive jobs, all of which cost the same."""
-    lane = LaneLoad(waiting, running, run_ms=run_ms, usual_run_ms=run_ms, ms_per_cost=run_ms / COST)
+    lane = LaneLoad(waiting, running, age_ms, run_ms=run_ms, usual_run_ms=run_ms, ms_per_cost=run_ms / COST)
     return PoolLoad({Lane.INTERACTIVE: lane}, workers=workers, slots=32 * workers, arrivals_per_s=per_s)
 
 
 def test_full_workers_say_what_one_serves() -> None:
     """Two with 64 jobs of four seconds: eight a second each. Free slots say nothing, nor does a full fleet behind which
-    nobody waits."""
+    nobody waits, or only for a moment: its workers may be about to take more."""
     capacity = WorkerCapacity()
-    for load in (pool(2, running=63, waiting=0), pool(2, running=63, waiting=5), pool(2, running=64)):
+    for load in (
+        pool(2, running=63),
+        pool(2, running=63, waiting=5),
+        pool(2, running=64),
+        pool(2, running=64, waiting=5, age_ms=FULL_AFTER_MS - 1),
+    ):
         capacity.wish(load, RULES, 1_000.0)
         assert capacity.per_s(1_000.0) is None
     capacity.wish(pool(2, running=64, waiting=1, run_ms=4_000), RULES, 2_000.0)
@@ -38,7 +51,7 @@ def test_work_of_all_lanes_says_what_a_worker_computes() -> None:
     """Full of lines of a batch that cost five times as much: interactive jobs would run five times as fast."""
     lanes = {
         Lane.INTERACTIVE: LaneLoad(0, 1, usual_run_ms=400, ms_per_cost=400 / COST),
-        Lane.BATCH: LaneLoad(9, 31, usual_run_ms=2_000, ms_per_cost=400 / COST),
+        Lane.BATCH: LaneLoad(9, 31, 60_000, usual_run_ms=2_000, ms_per_cost=400 / COST),
     }
     capacity = WorkerCapacity()
     capacity.wish(PoolLoad(lanes, workers=1, slots=32, arrivals_per_s=1.0), RULES, 1_000.0)
@@ -74,6 +87,7 @@ _loads = st.builds(
             LaneLoad,
             waiting=st.integers(0, 2**40),
             leased=st.integers(-1, 2**40),
+            oldest_age_ms=st.sampled_from([0.0, 5_000.0]),
             usual_run_ms=_figures,
             ms_per_cost=_figures,
         ),
@@ -113,7 +127,14 @@ def sizes_over_two_hours(
         running -= running / run
         begun = min(waiting, 32 * max(ready, 0) - running)
         waiting, running = waiting - begun, running + begun
-        load = pool(ready, waiting=int(waiting), running=math.ceil(running), run_ms=run * 1_000, per_s=12)
+        load = pool(
+            ready,
+            waiting=int(waiting),
+            running=math.ceil(running),
+            run_ms=run * 1_000,
+            per_s=12,
+            age_ms=waiting / 12 * 1_000,
+        )
         wish = capacity().wish(load, RULES, second * 1_000.0, start_up_ms=60_000)
         wanted = stabilizer.decide(wish, size, second * 1_000.0, RULES, start_up_ms=60_000).replicas
         if wanted > size:

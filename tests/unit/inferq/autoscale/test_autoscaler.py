@@ -319,7 +319,9 @@ async def test_what_full_workers_served_is_remembered() -> None:
     scene.fabric.waits(8)
     await scene.look()
     scene.all_join()
-    full = LaneDepth(waiting=1, leased=8, cost=200, ms_per_cost=8.0, ms_per_job=1_600.0, arrivals_per_s=4.0)
+    full = LaneDepth(
+        waiting=1, leased=8, oldest_age_ms=1_500, cost=200, ms_per_cost=8.0, ms_per_job=1_600.0, arrivals_per_s=4.0
+    )
     scene.fabric.lanes = {Lane.INTERACTIVE: full}
     await scene.look(3)
     assert scene.value("inferq_autoscaler_worker_jobs_per_second") == pytest.approx(2.5, rel=0.001)
