@@ -211,6 +211,33 @@ async def test_a_snapshot_that_others_changed_is_written_again() -> None:
         assert queue.workers == right
 
 
+async def test_sets_of_adapters_are_in_the_snapshot_while_a_worker_has_them() -> None:
+    """Before the entry that names one; written again if lost, and removed once nobody has it."""
+    queue, clock = FakeQueue(), Clock()
+    term = _term(queue, clock)
+    given = _registration().model_dump() | {"adapters": ["x", "y"], "adapter_room": 2}
+    await term.register(Registration.model_validate(given))
+    await term.save()
+    [name] = queue.adapter_sets
+    assert queue.adapter_sets == {name: frozenset({"x", "y"})}
+    assert queue.workers["w"].adapter_set == name
+    queue.adapter_sets.clear()
+    clock.now += SNAPSHOT_CHECK_S
+    await term.save()
+    assert list(queue.adapter_sets) == [name]
+
+    after = _term(queue, clock)
+    await after.load()
+    assert after.registry.get("w").adapters.names == {"x", "y"}
+    await after.register(Registration.model_validate(given | {"adapters": ["x"]}))
+    await after.save()
+    other = queue.workers["w"].adapter_set
+    assert set(queue.adapter_sets) == {name, other}
+    clock.now += SNAPSHOT_CHECK_S
+    await after.save()
+    assert set(queue.adapter_sets) == {other}
+
+
 async def test_a_worker_that_is_only_in_the_snapshot_keeps_no_newcomer_out() -> None:
     """A worker that left while no Manager acted looks, for a while, as if it had just registered: it was not heard."""
     queue, clock = FakeQueue(), Clock()
