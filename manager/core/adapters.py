@@ -61,7 +61,7 @@ class MemberAdapters:
         """After ``status``: what was loaded is noted, and what the worker cannot hold any more is told no more."""
         if not self.told:
             return self
-        if is_swapping or status.loaded != self.base:
+        if is_swapping:
             return replace(self, told={})
         fitting = ((name, told) for name, told in self.told.items() if name in self.names or self.are_unknown)
         told = {

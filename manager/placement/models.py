@@ -93,7 +93,6 @@ class ModelPlacement:
         placed = []
         for member in members:
             status, model = member.status, member.model
-            served = [served for served in status.models if served not in member.adapters.names]
             stays = len(member.loadable) < 2 or not model or self._is_away(model, away)
             models = () if stays else member.loadable
             if models not in loadable:
@@ -101,7 +100,7 @@ class ModelPlacement:
             placed.append(
                 PlacedWorker(
                     worker_id=member.worker_id,
-                    models=frozenset([model] if member.is_swapping else [*served, *([model] if model else ())]),
+                    models=frozenset([model] if member.is_swapping else [*status.models, *([model] if model else ())]),
                     slots=status.slots,
                     loaded=model,
                     loadable=loadable[models],
