@@ -18,7 +18,7 @@ from tests.support.servers import Server, server_binary
 from tests.support.waiting import eventually
 
 ENGINE_READY_LIMIT_S = 300.0
-_PRODUCTION_TIMES = {
+PRODUCTION_TIMES = {
     "lease_ms": 15_000,
     "heartbeat_interval_ms": 2_000,
     "unresponsive_after_ms": 6_000,
@@ -65,7 +65,7 @@ async def real(
     """Manager, Router and two workers, each with a vLLM of its own as a subprocess."""
     environment = {"OMP_NUM_THREADS": "1"}
     folder = tmp_path_factory.mktemp("vllm-fleet")
-    async with Fleet(folder, session_valkey, manager=_PRODUCTION_TIMES, env=environment) as fleet:
+    async with Fleet(folder, session_valkey, manager=PRODUCTION_TIMES, env=environment) as fleet:
         for name in ("worker-1", "worker-2"):
             fleet.worker(
                 name,
