@@ -124,7 +124,7 @@ async def test_a_client_that_loses_its_stream_continues_at_another_router(
     client: AsyncOpenAI, other: AsyncOpenAI
 ) -> None:
     """The connection breaks while the model answers: the response runs on, and another Router streams the rest live."""
-    extra = {"ignore_eos": True}
+    extra = {"ignore_eos": True, "sim": {"fail": "slow", "delay_ms": 40}}
     seen: list[dict[str, Any]] = []
     stream = await client.responses.create(
         model=MODEL, input="Go on", background=True, stream=True, max_output_tokens=150, extra_body=extra
@@ -272,7 +272,7 @@ async def test_a_killed_worker_leaves_no_gap_and_no_repeat(
 ) -> None:
     """At a temperature above 0, SIGKILL in the middle: a follower sees one stream, and it is the persisted result."""
     # The words of this engine say where they stand, so a gap or a repeat would show; attempts never say the same.
-    slowly = {"ignore_eos": True, "sim": {"fail": "slow", "delay_ms": 20}}
+    slowly = {"ignore_eos": True, "sim": {"fail": "slow", "delay_ms": 50}}
     options: Any = {"temperature": 0.9, "max_output_tokens": 150, "extra_body": slowly}
     begun = [
         await client.responses.create(model=MODEL, input=f"Tell {number}", background=True, **options)
