@@ -67,13 +67,13 @@ NO_TESTS := 5
 
 or_none = && chosen=0 || { code=$$?; [ $$code -eq $(NO_TESTS) ] || exit $$code; }
 
-# More than there are cores on a small machine: many tests wait most of the time.
-SIDE_BY_SIDE := -n 3 --dist loadgroup --no-loadscope-reorder
+SIDE_BY_SIDE := --dist loadgroup --no-loadscope-reorder
 
+# More at a time than a small machine has cores: most wait, those of fleets longest.
 test: $(DEV) ## Run the tests that need no real vLLM
 	@chosen=$(NO_TESTS); \
-	$(PY) -m pytest --part units $(SIDE_BY_SIDE) $(ARGS) $(or_none); \
-	$(PY) -m pytest --part fleets $(SIDE_BY_SIDE) $(ARGS) $(or_none); \
+	$(PY) -m pytest --part units -n 3 $(SIDE_BY_SIDE) $(ARGS) $(or_none); \
+	$(PY) -m pytest --part fleets -n 4 $(SIDE_BY_SIDE) $(ARGS) $(or_none); \
 	$(PY) -m pytest --part alone $(ARGS) $(or_none); \
 	exit $$chosen
 

@@ -1,4 +1,4 @@
-"""What other programs (engines, servers, roles) are started with: an environment without secrets, and a free port."""
+"""What other programs (engines, servers, roles) are started with: an environment without secrets, and free ports."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import contextlib
 import os
 import random
 import socket
+import sys
 from collections import deque
+from contextlib import ExitStack
 from pathlib import Path
 
 _OURS = "INFERQ_"
@@ -44,3 +46,27 @@ def free_port(host: str = "127.0.0.1") -> int:
         probe.bind((host, 0))
         found: int = probe.getsockname()[1]
         return found
+
+
+class HeldPorts(ExitStack):
+    """``with HeldPorts() as ports``: TCP ports of loopback for servers that start later, and perhaps again. Until the
+    block ends, nobody else is given one by chance.
+
+    A socket is bound to each and does not listen. On Linux a server that sets ``SO_REUSEADDR``, as ours do, can listen
+    there all the same. On other systems a port is only free at the moment at which it is taken.
+    """
+
+    def take(self) -> int:
+        """One more port."""
+        for _ in range(_PORT_TRIES if sys.platform == "linux" else 0):
+            holder = socket.socket()
+            try:
+                holder.bind(("127.0.0.1", port := free_port()))
+            except OSError:  # somebody else was quicker
+                holder.close()
+                continue
+            # Only now: with it, two could have bound the same one.
+            holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self.enter_context(holder)
+            return port
+        return free_port()

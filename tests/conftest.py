@@ -31,7 +31,7 @@ PARTS = {
     "alone": (HERE / "chaos", HERE / "fuzz", HERE / "integration" / "ray"),
 }
 """What ``--part`` chooses: tests of parts; those that load the machine; and, as ``fleets``, all others, which start
-whole fleets that mostly wait. Three may run at once, but of those that load the machine."""
+whole fleets that mostly wait. Several run at once, but of those that load the machine."""
 ANY_AT_ONCE = (HERE / "contract" / "test_model.py",)
 """Files whose tests may run side by side: each takes long and shares nothing. Tests of all others run in one row."""
 LONGEST = tuple(

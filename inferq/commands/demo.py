@@ -19,10 +19,10 @@ from rich.table import Table
 from broker import BrokerSettings
 from inferq.chat.client import Answer, ChatClient
 from inferq.console import err, out, print_json
-from inferq.stack import RunningStack, StackOptions, plan_stack, run_stack
+from inferq.stack import RunningStack, StackOptions, StackPlan, plan_stack, run_stack
 from inferq.vllm_setup import ConsoleProgress
 from queue_schemas import BadRequest, ShuttingDown
-from telemetry.environment import free_port
+from telemetry.environment import HeldPorts
 from telemetry.http.server import run_process, stop_on_signals
 
 from ..chat.views import choose_model, describe
@@ -98,18 +98,18 @@ async def _is_running(client: ChatClient) -> bool:
 @asynccontextmanager
 async def _own_stack(serving: Serving, redis_url: str) -> AsyncIterator[str]:
     """A running stack; gives the Router's URL. SIGINT and SIGTERM cut the caller short and stop the stack in order."""
-    plan = plan_stack(serving.options, free_port)
     announcer = _QuietAnnouncer(serving, as_json=True)
     done = False
 
-    async def keep(stop: asyncio.Event) -> None:
+    async def keep(plan: StackPlan, stop: asyncio.Event) -> None:
         await run_stack(plan, announcer, stop, redis_url=redis_url)
         if not done:
             raise ShuttingDown("the demo was stopped")
 
-    with stop_on_signals() as stop, announcer:
+    with HeldPorts() as ports, stop_on_signals() as stop, announcer:
+        plan = plan_stack(serving.options, ports.take)
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(keep(stop), name="stack")
+            tasks.create_task(keep(plan, stop), name="stack")
             await announcer.ready.wait()
             yield plan.router.url
             done = True

@@ -30,7 +30,7 @@ from inferq.vllm_setup import (
     prepare_vllm,
 )
 from queue_schemas import CannotStart
-from telemetry.environment import free_port
+from telemetry.environment import HeldPorts
 from telemetry.files import absolute_path
 from telemetry.http.server import run_process, stop_on_signals
 
@@ -91,11 +91,11 @@ def bring_up(options: StackOptions, *, redis_url: str | None, as_json: bool) -> 
     serving = prepare(options, ConsoleProgress(err))
     link_environment(serving.options)
     queue_url = BrokerSettings.load(redis_url=redis_url).redis_url
-    plan = plan_stack(with_batcher(serving.options, queue_url), free_port)
     announcer = TerminalAnnouncer(serving, as_json=as_json, set_up_s=time.monotonic() - began)
 
     async def run() -> None:
-        with stop_on_signals(hurry := asyncio.Event()) as stop, announcer:
+        with HeldPorts() as ports, stop_on_signals(hurry := asyncio.Event()) as stop, announcer:
+            plan = plan_stack(with_batcher(serving.options, queue_url), ports.take)
             await run_stack(plan, announcer, stop, redis_url=queue_url, hurry=hurry)
             announcer.stopped(plan.data_dir)
 

@@ -19,7 +19,7 @@ from typing import Any, Self
 
 import aiohttp
 
-from telemetry.environment import free_port
+from telemetry.environment import HeldPorts
 
 from .processes import Child, environment
 from .servers import Server
@@ -48,7 +48,7 @@ class Role:
         self, fleet: Fleet, name: str, module: str, flags: Mapping[str, object], env: Mapping[str, str]
     ) -> None:
         self.name = name
-        self.port = free_port()
+        self.port = fleet.ports.take()
         self.url = f"http://127.0.0.1:{self.port}"
         self._fleet = fleet
         args = [sys.executable, "-m", module, "--port", str(self.port)]
@@ -126,6 +126,7 @@ class Fleet:
         self.folder = folder
         self.server = server
         self.workers: list[Role] = []
+        self.ports = HeldPorts()
         self._env = dict(env or {})
         self._everything: list[Role] = []
         self._manager_flags = _MANAGER | {"redis_url": server.url} | dict(manager or {})
@@ -145,6 +146,7 @@ class Fleet:
         await self.session.close()
         for role in self._everything:
             role.process.kill_group()
+        self.ports.close()
         if error is not None:
             for role in self._everything:
                 print(role.process.log_tail(15))

@@ -20,7 +20,7 @@ import pytest
 import redis
 import redis.asyncio
 
-from telemetry.environment import free_port
+from telemetry.environment import HeldPorts, free_port
 
 from .processes import Child
 
@@ -90,10 +90,12 @@ class Server:
     password: str = ""
     certificates: Certificates | None = None
     appendonly: bool = True
-    port: int = field(default_factory=free_port)
+    port: int = 0
+    _ports: HeldPorts = field(default_factory=HeldPorts)
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.port = self.port or self._ports.take()
         port = ["--port", str(self.port)]
         if self.certificates is not None:
             port = ["--port", "0", "--tls-port", str(self.port), "--tls-auth-clients", "no"]
@@ -138,6 +140,7 @@ class Server:
         """End it for good, whatever state it is in."""
         if self.process.running:
             self.process.kill()
+        self._ports.close()
 
     def kill(self) -> None:
         """kill -9: what was not yet written is lost."""

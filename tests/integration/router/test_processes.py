@@ -153,7 +153,7 @@ async def test_all_processes_serve_and_any_of_them_shows_the_metrics_of_all(tmp_
 async def test_a_killed_process_takes_along_only_its_own_connections(tmp_path: Path, valkey: Server) -> None:
     """kill -9 of one of three processes under streams: the streams of the others are whole, clients of the killed one
     are served again at once, a successor accepts within a second, and what the dead one had counted stays counted."""
-    async with fleet_of(tmp_path, valkey, 3) as fleet, clients(fleet.router.url, 24) as asking:
+    async with fleet_of(tmp_path, valkey, 3, tokens_per_s=40) as fleet, clients(fleet.router.url, 24) as asking:
         pids = children(fleet.router.process.pid)
         await asyncio.gather(*(client.stream(1) for client in asking))
         before = await sample(fleet, ANSWERED)
@@ -190,7 +190,7 @@ async def test_a_killed_process_takes_along_only_its_own_connections(tmp_path: P
 async def test_a_signal_to_all_of_them_drains_each(tmp_path: Path, valkey: Server) -> None:
     """SIGTERM for the whole group, as a service manager or a terminal sends it: every process lets its streams finish,
     the Router ends with code 0 and nothing of it stays."""
-    async with fleet_of(tmp_path, valkey, 2) as fleet, clients(fleet.router.url, 12) as asking:
+    async with fleet_of(tmp_path, valkey, 2, tokens_per_s=40) as fleet, clients(fleet.router.url, 12) as asking:
         pids = children(fleet.router.process.pid)
         streams = [asyncio.ensure_future(client.stream(WORDS)) for client in asking]
         await asyncio.gather(*(client.begun.wait() for client in asking))
@@ -221,7 +221,7 @@ async def test_no_process_outlives_its_parent(tmp_path: Path, valkey: Server) ->
     at once."""
     async with fleet_of(tmp_path, valkey, 2) as fleet, clients(fleet.router.url, 8) as asking:
         pids = children(fleet.router.process.pid)
-        streams = [asyncio.ensure_future(client.stream(WORDS)) for client in asking]
+        streams = [asyncio.ensure_future(client.stream(40 * WORDS)) for client in asking]
         await asyncio.gather(*(client.begun.wait() for client in asking))
         fleet.router.process.kill()
         await asyncio.gather(*streams)

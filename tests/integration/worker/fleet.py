@@ -30,7 +30,7 @@ from queue_schemas import (
     new_session_id,
 )
 from telemetry import render_metrics
-from telemetry.environment import free_port
+from telemetry.environment import HeldPorts, free_port
 from telemetry.http.server import bind_socket
 from tests.support.processes import Child
 from tests.support.servers import Server
@@ -96,7 +96,8 @@ class Fleet:
     def __init__(self, server: Server, folder: Path) -> None:
         self.server = server
         self.folder = folder
-        self.manager_port = free_port()
+        self._ports = HeldPorts()
+        self.manager_port = self._ports.take()
         self.manager_url = f"http://127.0.0.1:{self.manager_port}"
         self.workers: list[Worker] = []
         command = [sys.executable, "-m", "manager.service", "--port", str(self.manager_port)]
@@ -113,7 +114,7 @@ class Fleet:
     def worker(self, name: str, *args: str, engine: bool = True) -> Worker:
         """Start a worker; with ``engine`` a simulated one of its own name, in its process."""
         sim = [*SIM, "--sim-name", name]
-        worker = Worker(self, name, free_port(), [*(sim if engine else ()), *args])
+        worker = Worker(self, name, self._ports.take(), [*(sim if engine else ()), *args])
         worker.process.start()
         self.workers.append(worker)
         return worker
@@ -122,6 +123,7 @@ class Fleet:
         for worker in self.workers:
             worker.process.kill()
         self.manager.kill()
+        self._ports.close()
 
 
 class Answer:
