@@ -232,7 +232,8 @@ class EmbeddedServer:
             with contextlib.suppress(ProcessLookupError):
                 end()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(process.wait(), STOP_LIMIT_S)
+                async with asyncio.timeout(STOP_LIMIT_S):
+                    await process.wait()
                 return
         log.error("embedded_stop_timed_out", pid=process.pid)
 

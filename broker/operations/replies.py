@@ -68,7 +68,8 @@ class Replies:
             """A shard that is away keeps no Router from serving the others."""
             while True:
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self.ready.wait(), START_TIMEOUT_S)
+                    async with asyncio.timeout(START_TIMEOUT_S):
+                        await self.ready.wait()
                     return
                 if len(self.missing) == len(self._keys):
                     continue

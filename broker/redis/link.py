@@ -99,13 +99,14 @@ class ClientLink:
         return await self._client.execute_command(*args)
 
     async def blocking(self, key: str, limit_s: float, *args: Any) -> Any:
-        return await asyncio.wait_for(self._blocking.execute_command(*args), limit_s + 10)
+        async with asyncio.timeout(limit_s + 10):
+            return await self._blocking.execute_command(*args)
 
     async def pipeline(self, key: str, limit_s: float, commands: Sequence[Sequence[Any]]) -> list[Any]:
-        async with self._client.pipeline(transaction=False) as pipeline:
+        async with asyncio.timeout(limit_s + 10), self._client.pipeline(transaction=False) as pipeline:
             for command in commands:
                 pipeline.execute_command(*command)
-            replies: list[Any] = await asyncio.wait_for(pipeline.execute(raise_on_error=False), limit_s + 10)
+            replies: list[Any] = await pipeline.execute(raise_on_error=False)
             return replies
 
     async def node_of(self, key: str) -> str:

@@ -103,12 +103,14 @@ class RoleProcess:
             process.send_signal(signal.SIGTERM)
         hurrying = asyncio.create_task(_hurry(process, hurry)) if hurry is not None else None
         try:
-            await asyncio.wait_for(process.wait(), self.spec.stop_limit_s)
+            async with asyncio.timeout(self.spec.stop_limit_s):
+                await process.wait()
         except TimeoutError:
             self._tell(self.spec.name, f"did not end within {self.spec.stop_limit_s:g} s and was killed")
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            await asyncio.wait_for(process.wait(), _KILL_LIMIT_S)
+            async with asyncio.timeout(_KILL_LIMIT_S):
+                await process.wait()
         finally:
             if hurrying is not None:
                 hurrying.cancel()
