@@ -69,11 +69,11 @@ or_none = && chosen=0 || { code=$$?; [ $$code -eq $(NO_TESTS) ] || exit $$code; 
 
 SIDE_BY_SIDE := --dist loadgroup --no-loadscope-reorder
 
-# More at a time than a small machine has cores: most wait, those of fleets longest.
+# More at a time than a small machine has cores: most wait.
 test: $(DEV) ## Run the tests that need no real vLLM
 	@chosen=$(NO_TESTS); \
 	$(PY) -m pytest --part units -n 3 $(SIDE_BY_SIDE) $(ARGS) $(or_none); \
-	$(PY) -m pytest --part fleets -n 4 $(SIDE_BY_SIDE) $(ARGS) $(or_none); \
+	$(PY) -m pytest --part fleets -n 3 $(SIDE_BY_SIDE) $(ARGS) $(or_none); \
 	$(PY) -m pytest --part alone $(ARGS) $(or_none); \
 	exit $$chosen
 
