@@ -92,7 +92,7 @@ async def hang_once(link):
         time.sleep(60)
 run(lambda number, channel: serve(number, channel, hang_once), count=1)
 """)
-    child.until(lambda: len(lines(child, "runs 1")) == 2, 10)
+    child.until(lambda: len(lines(child, "runs 1")) == 2, 30)
     assert '"process_hangs"' in child.log_text()
     assert child.terminate() == 0
 
@@ -104,7 +104,7 @@ async def hang(link):
     time.sleep(60)
 run(lambda number, channel: serve(number, channel, hang), stop_limit_s=0.3)
 """)
-    child.until(lambda: len(lines(child, "runs")) == 2, 10)
+    child.until(lambda: len(lines(child, "runs")) == 2, 30)
     assert child.terminate(5) == 0
     assert '"processes_killed"' in child.log_text()
 
@@ -116,7 +116,7 @@ async def hang(link):
     time.sleep(60)
 run(lambda number, channel: serve(number, channel, hang), stop_limit_s=60)
 """)
-    child.until(lambda: len(lines(child, "runs")) == 2, 10)
+    child.until(lambda: len(lines(child, "runs")) == 2, 30)
     for event in ("stopping", "stopping_without_delay", "stopped_at_once"):
         child.send(signal.SIGTERM)
         if event != "stopped_at_once":
@@ -136,7 +136,7 @@ async def work(link):
     say("merged", len(merged) > 0, time.monotonic() - began < 2.5)
 run(lambda number, channel: serve(number, channel, work))
 """)
-    child.until(lambda: bool(lines(child, "merged")), 10)
+    child.until(lambda: bool(lines(child, "merged")), 30)
     assert lines(child, "merged") == ["merged True True"]
 
 
@@ -148,7 +148,7 @@ async def draw(link):
         say("drawn", made)
 run(lambda number, channel: serve(number, channel, draw), count=3)
 """)
-    child.until(lambda: len(lines(child, "drawn")) == 12, 10)
+    child.until(lambda: len(lines(child, "drawn")) == 12, 30)
     assert len(set(lines(child, "drawn"))) == 12
     assert child.terminate() == 0
 
@@ -163,10 +163,10 @@ async def linger(link):
     await asyncio.sleep(1)
 run(lambda number, channel: serve(number, channel, linger))
 """)
-    child.until(lambda: len(lines(child, "runs")) == 2, 10)
+    child.until(lambda: len(lines(child, "runs")) == 2, 30)
     for _ in range(2):
         child.send(signal.SIGHUP)
-        child.until(lambda: len(lines(child, "left the terminal")) >= 2, 5)
+        child.until(lambda: len(lines(child, "left the terminal")) >= 2, 20)
     assert child.wait(10) == 0
     assert len(lines(child, "stops")) == 2
     assert '"stopping_without_delay"' not in child.log_text()
@@ -183,6 +183,6 @@ def fork_later():
 os.fork = fork_later
 run(serve)
 """)
-    child.until(lambda: len(lines(child, "runs")) == 2, 10)
+    child.until(lambda: len(lines(child, "runs")) == 2, 30)
     assert '"process_not_started"' in child.log_text()
     assert child.terminate() == 0
