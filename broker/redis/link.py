@@ -99,14 +99,15 @@ class ClientLink:
         return await self._client.execute_command(*args)
 
     async def blocking(self, key: str, limit_s: float, *args: Any) -> Any:
-        async with asyncio.timeout(limit_s + 10):
-            return await self._blocking.execute_command(*args)
+        # In a task of its own: fakeredis may take a cancellation for the end of its own time limit, and go on.
+        return await asyncio.wait_for(self._blocking.execute_command(*args), limit_s + 10)  # noqa: TID251
 
     async def pipeline(self, key: str, limit_s: float, commands: Sequence[Sequence[Any]]) -> list[Any]:
-        async with asyncio.timeout(limit_s + 10), self._client.pipeline(transaction=False) as pipeline:
+        async with self._client.pipeline(transaction=False) as pipeline:
             for command in commands:
                 pipeline.execute_command(*command)
-            replies: list[Any] = await pipeline.execute(raise_on_error=False)
+            answers = pipeline.execute(raise_on_error=False)
+            replies: list[Any] = await asyncio.wait_for(answers, limit_s + 10)  # noqa: TID251 - as above
             return replies
 
     async def node_of(self, key: str) -> str:

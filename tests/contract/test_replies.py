@@ -61,7 +61,9 @@ async def reading(broker: Broker) -> AsyncIterator[Reader]:
             await broker.replies.ready.wait()
         yield reader
     finally:
-        task.cancel()
+        while not task.done():  # over fakeredis a cancellation may be lost
+            task.cancel()
+            await asyncio.wait([task], timeout=1)
         with contextlib.suppress(asyncio.CancelledError):
             await task
 
