@@ -30,22 +30,8 @@ def free_port(host: str = "127.0.0.1") -> int:
     program that it is for listens there, and it is none of the last 256 that this process was given. Where that range
     is unknown, or no port below it is free, it is any free port.
     """
-    try:
-        first_ephemeral = int(_EPHEMERAL_PORTS.read_text(encoding="ascii").split()[0])
-    except (OSError, ValueError, IndexError):
-        first_ephemeral = 0
-    for _ in range(_PORT_TRIES if first_ephemeral > _MIN_PORT else 0):
-        port = random.randrange(_MIN_PORT, first_ephemeral)
-        if port in _recent:
-            continue
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind((host, port))
-            _recent.append(port)
-            return port
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        found: int = probe.getsockname()[1]
-        return found
+    with _bound_to_a_free_port(host) as probe:
+        return _port_of(probe)
 
 
 class HeldPorts(ExitStack):
@@ -58,15 +44,32 @@ class HeldPorts(ExitStack):
 
     def take(self) -> int:
         """One more port."""
-        for _ in range(_PORT_TRIES if sys.platform == "linux" else 0):
-            holder = socket.socket()
-            try:
-                holder.bind(("127.0.0.1", port := free_port()))
-            except OSError:  # somebody else was quicker
-                holder.close()
-                continue
-            # Only now: with it, two could have bound the same one.
-            holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            self.enter_context(holder)
-            return port
-        return free_port()
+        if sys.platform != "linux":
+            return free_port()
+        holder = self.enter_context(_bound_to_a_free_port("127.0.0.1"))
+        # Only now: with it, two could have bound the same one.
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        return _port_of(holder)
+
+
+def _bound_to_a_free_port(host: str) -> socket.socket:
+    try:
+        first_ephemeral = int(_EPHEMERAL_PORTS.read_text(encoding="ascii").split()[0])
+    except (OSError, ValueError, IndexError):
+        first_ephemeral = 0
+    bound = socket.socket()
+    for _ in range(_PORT_TRIES if first_ephemeral > _MIN_PORT else 0):
+        port = random.randrange(_MIN_PORT, first_ephemeral)
+        if port in _recent:
+            continue
+        with contextlib.suppress(OSError):
+            bound.bind((host, port))
+            _recent.append(port)
+            return bound
+    bound.bind((host, 0))
+    return bound
+
+
+def _port_of(bound: socket.socket) -> int:
+    port: int = bound.getsockname()[1]
+    return port

@@ -8,7 +8,6 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 
 from tests.support.fleet import Fleet, Role
-from tests.support.processes import hold_port
 from tests.support.ray_fabric import RayFabric
 from tests.support.traffic import Traffic
 from tests.support.waiting import eventually
@@ -64,11 +63,10 @@ async def into_http(
     """Ray -> HTTP: ``end`` takes the fabric out of Ray, and the workers are those they were."""
     took: Took = {}
     workers = await ray.acting()
-    with hold_port(fleet.manager.port), hold_port(fleet.router.port):
-        await next_step(traffic, "HTTP Manager and Router start", dwell_s)
-        for role in (fleet.manager, fleet.router):
-            role.process.start()
-        await fleet.router.ready()
+    await next_step(traffic, "HTTP Manager and Router start", dwell_s)
+    for role in (fleet.manager, fleet.router):
+        role.process.start()
+    await fleet.router.ready()
     await eventually(lambda: stands_by(fleet.manager), "the HTTP Manager stands by", limit_s=30)
 
     await next_step(traffic, "clients go to HTTP", dwell_s)

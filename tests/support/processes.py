@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,17 +15,6 @@ import httpx
 
 from .death_signal import die_with_parent
 from .preloaded import ForkedProcess, can_fork, fork
-
-
-def hold_port(port: int = 0) -> socket.socket:
-    """Keep a port of loopback for a server of ours until the socket given is closed; 0 takes a free one.
-
-    Bound, not listening: whoever sets SO_REUSEADDR, as our servers do, can listen there, and nobody gets it by chance.
-    """
-    held = socket.socket()
-    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    held.bind(("127.0.0.1", port))
-    return held
 
 
 def environment(**variables: str) -> dict[str, str]:

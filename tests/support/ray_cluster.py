@@ -25,9 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from inferq.on_ray.head import driver_environment, read_head
-from telemetry.environment import free_port
+from telemetry.environment import HeldPorts, free_port
 
-from .processes import hold_port
 from .servers import Server
 
 ROOT = Path(__file__).parents[2]
@@ -54,8 +53,8 @@ class RayCluster:
     def __init__(self, folder: Path, server: Server, *, env: Mapping[str, str | None] | None = None) -> None:
         self.folder = folder
         self.server = server
-        self._port = hold_port()  # it is used long after, when many connections have come and gone
-        self.port = int(self._port.getsockname()[1])
+        self._ports = HeldPorts()  # they are used long after, when many connections have come and gone
+        self.port = self._ports.take()
         self.dashboard_port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.data_dir = folder / "data"
@@ -171,7 +170,7 @@ class RayCluster:
                 time.sleep(0.05)
             assert not head.processes(), "processes of the cluster are left"
         shutil.rmtree(self._session, ignore_errors=True)
-        self._port.close()
+        self._ports.close()
 
     def output(self) -> str:
         """All that Manager, replicas and Serve's controller have written."""

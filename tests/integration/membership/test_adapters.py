@@ -7,16 +7,15 @@ import json
 import shutil
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from queue_schemas import FABRIC_PREFIX
 from tests.support.adapters import make_adapter, make_adapters
 from tests.support.fleet import Fleet, Role
 from tests.support.servers import Server
-from tests.support.sse import read_data
 from tests.support.waiting import eventually
+
+from .asking import answered, fleet_now
 
 LIMIT_S = 60.0
 WORKER = {"slots": 4, "sim_mode": "text", "sim_answer_tokens": 1_000, "sim_adapter_load_ms": 50}
@@ -31,28 +30,6 @@ async def started(fleet: Fleet, workers: int, **flags: object) -> None:
     """The whole fleet. Its engines refuse more adapters than their workers may hold."""
     room = flags.get("max_adapters", 8)
     await fleet.up(workers, **(WORKER | {"sim_max_adapters": room} | flags))
-
-
-async def answered(fleet: Fleet, model: str, tokens: int = 5) -> str:
-    """A whole answer of ``model``, as text."""
-    body = {"model": model, "max_tokens": tokens, "stream": True, "messages": [{"role": "user", "content": "go on"}]}
-    text, finished = "", False
-    async with fleet.session.post(f"{fleet.router.url}/v1/chat/completions", json=body) as answer:
-        assert answer.status == 200, await answer.text()
-        async for data in read_data(answer):
-            if data != "[DONE]":
-                chunk = json.loads(data)
-                assert "error" not in chunk, chunk
-                text += "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
-                finished = finished or any(choice["finish_reason"] for choice in chunk["choices"])
-    assert finished
-    return text
-
-
-async def fleet_now(fleet: Fleet) -> dict[str, dict[str, Any]]:
-    """The workers as the Manager lists them."""
-    workers = (await fleet.manager.page(f"{FABRIC_PREFIX}/workers"))["workers"]
-    return {worker["worker_id"]: worker for worker in workers}
 
 
 async def until_listed(fleet: Fleet, name: str, adapter: str) -> None:

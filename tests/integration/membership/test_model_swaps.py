@@ -6,14 +6,13 @@ import asyncio
 import json
 import signal
 from pathlib import Path
-from typing import Any
 
-from queue_schemas import FABRIC_PREFIX
 from queue_schemas.keys import WORKERS
 from tests.support.fleet import Fleet, Role
 from tests.support.servers import Server
-from tests.support.sse import read_data
 from tests.support.waiting import eventually
+
+from .asking import answered, fleet_now
 
 LIMIT_S = 40.0
 RULES = json.dumps({model: {"start_s": 0.5} for model in ("a", "b")})
@@ -37,28 +36,6 @@ async def started(fleet: Fleet, workers: int, **flags: object) -> None:
         fleet.worker(f"worker-{number}", **(WORKER | flags)).process.start()
     await asyncio.gather(*(worker.ready() for worker in fleet.workers))
     await fleet.until_served(workers, "a")
-
-
-async def answered(fleet: Fleet, model: str, tokens: int = 5) -> str:
-    """A whole answer of ``model``, as text."""
-    body = {"model": model, "max_tokens": tokens, "stream": True, "messages": [{"role": "user", "content": "go on"}]}
-    text, finished = "", False
-    async with fleet.session.post(f"{fleet.router.url}/v1/chat/completions", json=body) as answer:
-        assert answer.status == 200, await answer.text()
-        async for data in read_data(answer):
-            if data != "[DONE]":
-                chunk = json.loads(data)
-                assert "error" not in chunk, chunk
-                text += "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
-                finished = finished or any(choice["finish_reason"] for choice in chunk["choices"])
-    assert finished
-    return text
-
-
-async def fleet_now(fleet: Fleet) -> dict[str, dict[str, Any]]:
-    """The workers as the Manager lists them."""
-    workers = (await fleet.manager.page(f"{FABRIC_PREFIX}/workers"))["workers"]
-    return {worker["worker_id"]: worker for worker in workers}
 
 
 async def swapping(fleet: Fleet, *, engine: str) -> Role:
