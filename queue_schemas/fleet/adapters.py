@@ -10,10 +10,11 @@ import hashlib
 from collections.abc import Iterable
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from ..errors import BadMessage
 from ..ids import MAX_NAME_BYTES, check_name
+from .fields import checked, is_empty
 
 MAX_ADAPTERS = 4_096
 """Most adapters that one worker may say it could load."""
@@ -32,29 +33,22 @@ def adapter_set_of(names: Iterable[str]) -> str:
 
 
 def _check_names(names: list[str]) -> list[str]:
-    try:
-        for name in names:
-            check_name(name, "adapter")
-    except BadMessage as error:
-        raise ValueError(error.message) from error
+    for name in names:
+        check_name(name, "adapter")
     size = sum(len(name.encode()) for name in names)
     if size > MAX_ADAPTER_NAMES_BYTES:
-        raise ValueError(
+        raise BadMessage(
             f"the names of a worker's adapters may have {MAX_ADAPTER_NAMES_BYTES} bytes in all, not {size}"
         )
     return names
 
 
-def _is_empty(value: object) -> bool:
-    return not value
-
-
 AdapterNames = Annotated[
     list[str],
-    AfterValidator(_check_names),
+    checked(_check_names),
     Field(
         max_length=MAX_ADAPTERS,
-        exclude_if=_is_empty,
+        exclude_if=is_empty,
         description="LoRA adapters that its engine could load while it serves their base model",
     ),
 ]
@@ -62,27 +56,25 @@ AdapterBase = Annotated[
     str,
     Field(
         max_length=MAX_NAME_BYTES,
-        exclude_if=_is_empty,
+        exclude_if=is_empty,
         description="of the models that its engine could load, the one that these adapters fit; empty: it has but one",
     ),
 ]
 AdapterRoom = Annotated[
     int,
-    Field(ge=0, le=MAX_ADAPTER_ROOM, exclude_if=_is_empty, description="adapters that it may hold at a time"),
+    Field(ge=0, le=MAX_ADAPTER_ROOM, exclude_if=is_empty, description="adapters that it may hold at a time"),
 ]
 AdapterFailures = Annotated[
     dict[str, Annotated[str, Field(max_length=MAX_FAILURE_LENGTH)]],
     Field(
         max_length=MAX_ADAPTER_ROOM,
-        exclude_if=_is_empty,
+        exclude_if=is_empty,
         description="why adapters that it was told to load are not loaded",
     ),
 ]
 AdapterSet = Annotated[
     str,
-    Field(
-        pattern=f"^{ADAPTER_SET_PATTERN}$", exclude_if=_is_empty, description="the name of the set of these adapters"
-    ),
+    Field(pattern=f"^{ADAPTER_SET_PATTERN}$", exclude_if=is_empty, description="the name of the set of these adapters"),
 ]
 AssignedAdapters = Annotated[
     list[str] | None,

@@ -6,12 +6,11 @@ two versions of the fabric can talk during a rolling upgrade.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from enum import StrEnum
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from ..errors import BadMessage
 from ..ids import (
@@ -26,6 +25,7 @@ from ..ids import (
 )
 from ..lanes import LANES, Lane
 from .adapters import AdapterBase, AdapterFailures, AdapterNames, AdapterRoom, AdapterSet, AssignedAdapters
+from .fields import checked, is_empty
 from .model_cards import bounded_cards
 
 FABRIC_PREFIX = "/fabric/v1"
@@ -66,43 +66,29 @@ def check_worker_url(value: str) -> str:
     return value
 
 
-def _checked(check: Callable[[str], str]) -> AfterValidator:
-    def validate(value: str) -> str:
-        try:
-            return check(value)
-        except BadMessage as error:
-            raise ValueError(error.message) from error
-
-    return AfterValidator(validate)
-
-
 def _check_model(value: str) -> str:
     return check_name(value, "model")
 
 
-def _is_empty(value: object) -> bool:
-    return not value
-
-
-_WorkerName = Annotated[str, _checked(check_worker_id), Field(json_schema_extra={"pattern": f"^{WORKER_ID_PATTERN}$"})]
-_Run = Annotated[str, _checked(check_session_id), Field(json_schema_extra={"pattern": f"^{SESSION_ID_PATTERN}$"})]
-_Model = Annotated[str, _checked(_check_model), Field(json_schema_extra={"minLength": 1, "maxLength": MAX_NAME_BYTES})]
+_WorkerName = Annotated[str, checked(check_worker_id), Field(json_schema_extra={"pattern": f"^{WORKER_ID_PATTERN}$"})]
+_Run = Annotated[str, checked(check_session_id), Field(json_schema_extra={"pattern": f"^{SESSION_ID_PATTERN}$"})]
+_Model = Annotated[str, checked(_check_model), Field(json_schema_extra={"minLength": 1, "maxLength": MAX_NAME_BYTES})]
 _Cards = Annotated[
     dict[str, dict[str, Any]],
     BeforeValidator(bounded_cards),
     Field(description="what its engine says of each model: max_model_len, root, parent, ..."),
 ]
 _Models = Annotated[list[_Model], Field(max_length=MAX_MODELS)]
-_MaybeModel = Annotated[str, _checked(lambda value: _check_model(value) if value else value)]
+_MaybeModel = Annotated[str, checked(lambda value: _check_model(value) if value else value)]
 _Loadable = Annotated[
     list[_Model],
     Field(
         max_length=MAX_LOADABLE,
-        exclude_if=_is_empty,
+        exclude_if=is_empty,
         description="models of which its engine can serve one at a time, by restarting; empty: it serves what it does",
     ),
 ]
-_Region = Annotated[str, _checked(check_region)]
+_Region = Annotated[str, checked(check_region)]
 
 
 class _Message(BaseModel):
@@ -142,7 +128,7 @@ class WorkerStatus(_Message):
     loaded: _MaybeModel = Field(
         default="",
         max_length=MAX_NAME_BYTES,
-        exclude_if=_is_empty,
+        exclude_if=is_empty,
         description="of the models that it could load, the one that its engine serves or starts with",
     )
     adapter_room: AdapterRoom = 0
@@ -153,7 +139,7 @@ class Registration(WorkerStatus):
     """``POST /fabric/v1/workers``."""
 
     worker_id: _WorkerName
-    url: Annotated[str, _checked(check_worker_url)] | None = Field(
+    url: Annotated[str, checked(check_worker_url)] | None = Field(
         default=None, max_length=MAX_URL_LENGTH, description="where the worker's HTTP service may be reached"
     )
     version: str = Field(default="", max_length=200)
@@ -180,7 +166,7 @@ class Assignment(_Message):
     load: _MaybeModel = Field(
         default="",
         max_length=MAX_NAME_BYTES,
-        exclude_if=_is_empty,
+        exclude_if=is_empty,
         description="the model that its engine is to serve, of those it could load; empty: the one that it does",
     )
     adapters: AssignedAdapters = None
@@ -240,7 +226,7 @@ class WorkerInfo(_Message):
     broker_ok: bool = True
     state: WorkerState = WorkerState.ACTIVE
     heartbeat_age_ms: int = Field(default=0, ge=0, le=MAX_MS)
-    loaded: _MaybeModel = Field(default="", max_length=MAX_NAME_BYTES, exclude_if=_is_empty)
+    loaded: _MaybeModel = Field(default="", max_length=MAX_NAME_BYTES, exclude_if=is_empty)
     loadable: _Loadable = Field(default_factory=list)
     adapter_set: AdapterSet = ""
     adapter_base: AdapterBase = ""
