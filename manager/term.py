@@ -26,6 +26,7 @@ from .failure_detector import FailureDetector
 from .metrics import FleetMetrics
 from .placement.adapters import AdapterPlacement
 from .placement.models import ModelPlacement
+from .placement.rounds import run_round
 from .ports import Clock, QueuePort, WorkerProbe, call_queue
 from .registry_snapshot import RegistrySnapshot
 from .settings import ManagerSettings
@@ -65,8 +66,11 @@ class Term:
         self._failure_detector = FailureDetector(
             settings, queue, probe, self.registry, self._shards, self._snapshot.save_soon, clock
         )
-        self._models = ModelPlacement(settings, queue, self.registry, metrics, self._snapshot.save_soon, clock)
-        self._adapters = AdapterPlacement(settings, queue, self.registry, metrics, self._snapshot.save_soon, clock)
+        save_soon = self._snapshot.save_soon
+        self._placements = (
+            ModelPlacement(settings, self.registry, metrics, save_soon, clock),
+            AdapterPlacement(settings, queue, self.registry, metrics, save_soon, clock),
+        )
         self._joining: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def load(self) -> None:
@@ -174,8 +178,7 @@ class Term:
             swept = await self._shards.expire()
             self._metrics.expired.inc(swept.expired)
             self._metrics.woken.inc(swept.woken)
-        await self._models.run_round()
-        await self._adapters.run_round()
+        await run_round(self._placements, self._queue, self._settings.broker_timeout_ms)
 
     def _update_states(self) -> None:
         before = {member.worker_id: member.state for member in self.registry.members()}

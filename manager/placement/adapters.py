@@ -1,7 +1,4 @@
-"""Tell workers which LoRA adapters to hold: one round of :mod:`scheduling.adapters` on the registry and the depths.
-
-The acting Manager runs it with its sweeps. It asks the queue nothing where no worker could load an adapter.
-"""
+"""Tell workers which LoRA adapters to hold: one round of :mod:`scheduling.adapters` on the registry and the depths."""
 
 from __future__ import annotations
 
@@ -19,6 +16,7 @@ from ..core import Member, Registry
 from ..metrics import FleetMetrics
 from ..ports import Clock, QueuePort, call_queue
 from ..settings import ManagerSettings
+from .rounds import QueueState, Unserved
 
 RETRY_FAILED_S, MAX_RETRY_FAILED_S = 5.0, 600.0
 """How long a worker is not told again to load an adapter that it could not load: twice as long each time it fails."""
@@ -58,26 +56,27 @@ class AdapterPlacement:
         self._changed = changed
         self._clock = clock
         self._refused: dict[SessionId, dict[str, _Refusal]] = {}
-        self._unserved_since: dict[str, float] = {}
+        self._unserved = Unserved()
         self._needed_at: dict[str, float] = {}
         """When each adapter that a worker holds had jobs last."""
 
-    async def run_round(self) -> None:
-        """Decide, and change the registry. Raises broker errors."""
-        if not self._members():
-            return
-        away: set[int] = set()
-        depths = await call_queue(self._timeout_ms, self._queue.stats.depths(away))
+    @property
+    def is_needed(self) -> bool:
+        """Whether a worker could load an adapter."""
+        return bool(self._members())
+
+    async def decide(self, queue: QueueState) -> None:
+        """Decide, change the registry, and hasten the heartbeats of those who are told something."""
         now = self._clock()
         self._note_failures(now)
         members = self._members()
         workers = [self._worker(member, now) for member in members if member.can_load_adapters]
-        demand = self._demand(depths, members, workers, now)
+        demand = self._demand(queue.depths, members, workers, now)
         told = {adapter for worker in workers for adapter in worker.held}
         self._needed_at = {adapter: self._needed_at.get(adapter, now) for adapter in told}
         self._needed_at |= dict.fromkeys(told & demand.keys(), now)
         idle_s = {adapter: now - at for adapter, at in self._needed_at.items()}
-        unknown = {adapter for adapter in told if away and self._queue.shard_of(adapter) in away}
+        unknown = {adapter for adapter in told if queue.is_away(adapter)}
         told_now: set[SessionId] = set()
         for change in assign_adapters(demand.values(), workers, idle_s, unknown):
             self._registry.tell_adapter(change.worker_id, change.adapter, change.instead_of, now)
@@ -117,9 +116,9 @@ class AdapterPlacement:
         mine = {pool for names in sets.values() for pool in names & depths.keys()}
         held = {adapter for worker in workers for adapter in worker.held}
         waiting = {pool for pool in mine if any(lane.waiting for lane in depths[Pool(pool)].values())}
-        self._unserved_since = {pool: self._unserved_since.get(pool, now) for pool in waiting - held}
+        self._unserved.note(waiting - held, now)
         return {
-            pool: demand_of(pool, depths[Pool(pool)], _NO_RULES, now - self._unserved_since.get(pool, now))
+            pool: demand_of(pool, depths[Pool(pool)], _NO_RULES, self._unserved.for_s(pool, now))
             for pool in sorted(mine)
         }
 

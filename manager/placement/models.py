@@ -1,7 +1,4 @@
-"""Tell workers which model to load: one round of :mod:`scheduling.placement` on the registry and the queue's depths.
-
-The acting Manager runs it with its sweeps. It asks the queue nothing where no worker could load another model.
-"""
+"""Tell workers which model to load: one round of :mod:`scheduling.placement` on the registry and the queue's depths."""
 
 from __future__ import annotations
 
@@ -14,8 +11,9 @@ from telemetry import get_logger
 
 from ..core import Member, Registry
 from ..metrics import FleetMetrics
-from ..ports import Clock, QueuePort, call_queue
+from ..ports import Clock
 from ..settings import ManagerSettings
+from .rounds import QueueState, Unserved
 
 RETRY_FAILED_S = 600.0
 """How long a worker is not told again to load a model that it could not load."""
@@ -32,34 +30,32 @@ class ModelPlacement:
     def __init__(
         self,
         settings: ManagerSettings,
-        queue: QueuePort,
         registry: Registry,
         metrics: FleetMetrics,
         changed: Callable[[str], None],
         clock: Clock,
     ) -> None:
-        self._timeout_ms = settings.broker_timeout_ms
         self._rules = {model: plan.rules for model, plan in settings.placement.items()}
-        self._queue = queue
         self._registry = registry
         self._metrics = metrics
         self._changed = changed
         self._clock = clock
         self._refused_until: dict[tuple[SessionId, str], float] = {}
-        self._unserved_since: dict[str, float] = {}
+        self._unserved = Unserved()
 
-    async def run_round(self) -> None:
-        """Decide, and change the registry. Raises broker errors."""
-        members = [member for member in self._registry.members() if member.is_present]
-        if all(len(member.loadable) < 2 for member in members):
-            return
-        away: set[int] = set()
-        queued = await call_queue(self._timeout_ms, self._queue.stats.depths(away))
-        depths = with_adapters(queued, members)
+    @property
+    def is_needed(self) -> bool:
+        """Whether a worker could load another model."""
+        return any(len(member.loadable) >= 2 for member in self._members())
+
+    async def decide(self, queue: QueueState) -> None:
+        """Decide, and change the registry."""
+        members = self._members()
+        depths = with_adapters(queue.depths, members)
         now = self._clock()
         self._note_failures(members, now)
-        known = {model for model in (*depths, *self._rules) if not self._is_away(model, away)}
-        workers = self._placed(members, known, away, now)
+        known = {model for model in (*depths, *self._rules) if not queue.is_away(model)}
+        workers = self._placed(members, known, queue, now)
         for move in place(self._demands(known, depths, workers, now), workers):
             member = self._registry.get(move.worker_id)
             log.info("model_assigned", worker=move.worker_id, model=move.model, before=member.model, reason=move.why)
@@ -72,18 +68,18 @@ class ModelPlacement:
     ) -> list[PoolDemand]:
         served = {model for worker in workers if not worker.failed for model in worker.models}
         waiting = {model for model in known if any(lane.waiting for lane in depths.get(Pool(model), {}).values())}
-        self._unserved_since = {model: self._unserved_since.get(model, now) for model in waiting - served}
+        self._unserved.note(waiting - served, now)
         return [
             demand_of(
                 model,
                 depths.get(Pool(model), {}),
                 self._rules.get(model, PoolRules()),
-                now - self._unserved_since.get(model, now),
+                self._unserved.for_s(model, now),
             )
             for model in sorted(known)
         ]
 
-    def _placed(self, members: list[Member], known: set[str], away: set[int], now: float) -> list[PlacedWorker]:
+    def _placed(self, members: list[Member], known: set[str], queue: QueueState, now: float) -> list[PlacedWorker]:
         """The workers as the decision sees them. One whose pool's shard does not answer stays where it is."""
         refused: dict[SessionId, list[str]] = {}
         for session_id, model in self._refused_until:
@@ -93,7 +89,7 @@ class ModelPlacement:
         placed = []
         for member in members:
             status, model = member.status, member.model
-            stays = len(member.loadable) < 2 or not model or self._is_away(model, away)
+            stays = len(member.loadable) < 2 or not model or queue.is_away(model)
             models = () if stays else member.loadable
             if models not in loadable:
                 loadable[models] = frozenset(models) & known
@@ -113,8 +109,8 @@ class ModelPlacement:
             )
         return placed
 
-    def _is_away(self, model: str, away: set[int]) -> bool:
-        return bool(away) and self._queue.shard_of(model) in away
+    def _members(self) -> list[Member]:
+        return [member for member in self._registry.members() if member.is_present]
 
     def _note_failures(self, members: list[Member], now: float) -> None:
         self._refused_until = {one: until for one, until in self._refused_until.items() if now < until}

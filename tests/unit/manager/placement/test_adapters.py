@@ -10,6 +10,7 @@ from manager.core import Registry
 from manager.metrics import FleetMetrics
 from manager.placement.adapters import MAX_RETRY_FAILED_S, RETRY_FAILED_S, AdapterPlacement
 from manager.placement.models import ModelPlacement
+from manager.placement.rounds import run_round
 from queue_schemas import ControlKind, EngineState, Heartbeat, Lane, LaneDepth, Pool, Registration, UnknownWorker
 from queue_schemas.fleet.adapters import adapter_set_of
 from scheduling.adapters import STAY_S
@@ -36,8 +37,9 @@ class Scene:
 
     def begin(self) -> None:
         metrics = FleetMetrics(MetricsRegistry("manager"))
-        parts = (fast_settings(), self.queue, self.registry, metrics, self.changed.append, lambda: self.now)
-        self.placement, self.models = AdapterPlacement(*parts), ModelPlacement(*parts)
+        parts = (self.registry, metrics, self.changed.append, lambda: self.now)
+        self.placement = AdapterPlacement(fast_settings(), self.queue, *parts)
+        self.models = ModelPlacement(fast_settings(), *parts)
 
     def join(self, number: int, **fields: object) -> None:
         given = _status(number) | {"worker_id": f"w{number}", "adapters": NAMES} | fields
@@ -58,7 +60,7 @@ class Scene:
     async def round(self, after_s: float = 0.0) -> list[str] | None:
         """What the first worker is told after a round."""
         self.now += after_s
-        await self.placement.run_round()
+        await run_round([self.placement], self.queue, 1_000)
         return self.told()
 
 
@@ -242,7 +244,7 @@ async def test_jobs_of_adapters_bring_workers_back_to_their_base_model() -> None
     scene = Scene(loadable=["m", "n"], loaded="n", models=["n"], adapter_base="m")
     scene.waits("x")
     assert await scene.round() == []
-    await scene.models.run_round()
+    await run_round([scene.models], scene.queue, 1_000)
     member = scene.registry.get("w1")
     assert (member.assignment.load, member.assignment.pools) == ("m", [])
     assert await scene.round() == []
@@ -253,8 +255,8 @@ async def test_jobs_of_adapters_bring_workers_back_to_their_base_model() -> None
     scene.waits("x", 0, 4)
     scene.waits("n")
     scene.now += 200.0
-    await scene.models.run_round()
+    await run_round([scene.models], scene.queue, 1_000)
     assert scene.registry.get("w1").assignment.load == "m"
     scene.queue.waiting.pop(Pool("x"))
-    await scene.models.run_round()
+    await run_round([scene.models], scene.queue, 1_000)
     assert (scene.registry.get("w1").assignment.load, scene.told()) == ("n", [])

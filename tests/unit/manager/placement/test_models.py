@@ -9,6 +9,7 @@ import pytest
 from manager.core import Registry
 from manager.metrics import FleetMetrics
 from manager.placement.models import RETRY_FAILED_S, ModelPlacement
+from manager.placement.rounds import run_round
 from queue_schemas import CannotStart, EngineState, Heartbeat, Lane, LaneDepth, Pool, Registration, WorkerState
 from telemetry import MetricsRegistry
 from tests.unit.manager.fakes import FakeQueue, fast_settings
@@ -30,9 +31,7 @@ class Scene:
             self.registry.join(Registration.model_validate(_status(number) | {"worker_id": f"w{number}"} | given), 0.0)
         settings = fast_settings(placement=placement)
         metrics = FleetMetrics(MetricsRegistry("manager"))
-        self.placement = ModelPlacement(
-            settings, self.queue, self.registry, metrics, self.changed.append, lambda: self.now
-        )
+        self.placement = ModelPlacement(settings, self.registry, metrics, self.changed.append, lambda: self.now)
 
     def waits(self, model: str, waiting: int = 1, age_s: float = 0.0, leased: int = 0) -> None:
         depth = LaneDepth(waiting=waiting, leased=leased, oldest_age_ms=round(age_s * 1000))
@@ -46,7 +45,7 @@ class Scene:
     async def round(self, now: float | None = None) -> dict[str, str]:
         """What each worker is told after a round."""
         self.now = self.now if now is None else now
-        await self.placement.run_round()
+        await run_round([self.placement], self.queue, 1_000)
         return {member.worker_id: member.assignment.load for member in self.registry.members()}
 
 
