@@ -34,7 +34,9 @@ DEFAULT_BAND = 2
 
 LANE_CYCLE = 16
 BAND_STEP = 4
-STARVATION_BOUND = LANE_CYCLE * BAND_STEP * (BANDS - 1)
+BAND_CYCLE = BAND_STEP * (BANDS - 1)
+"""Each band but the first goes first once in so many jobs that are claimed from one lane of one pool."""
+STARVATION_BOUND = LANE_CYCLE * BAND_CYCLE
 """With one tenant and one pool, a waiting head of any lane and band is claimed within so many claims of one worker."""
 REGIONAL_STARVATION_BOUND = 2 * STARVATION_BOUND
 """The same for a worker of a region, for what is of that region and for what is anybody's."""

@@ -136,6 +136,7 @@ class WarmTable:
     """
 
     slots: dict[str, tuple[str, tuple[str, ...]]] = field(default_factory=dict)
+    """Proof and holders of a digest. A holder is a cache and its number then, ``<cache>#<number>``."""
 
     def match(self, digests: str, limit: int = MAX_DIGESTS) -> Match | None:
         """The longest known prefix among the first ``limit`` digests."""
@@ -148,12 +149,19 @@ class WarmTable:
     def remember(self, digests: str, cache: str) -> None:
         """A job with ``digests`` runs where ``cache`` is."""
         for digest in split_digests(digests):
-            others = [holder for holder in self._holders(digest) if holder != cache]
+            name = cache.partition("#")[0]
+            others = [holder for holder in self._holders(digest) if holder.partition("#")[0] != name]
             self.slots[digest[:SLOT_CHARS]] = digest[SLOT_CHARS:], (cache, *others[: MAX_HOLDERS - 1])
 
     def _holders(self, digest: str) -> tuple[str, ...]:
         proof, holders = self.slots.get(digest[:SLOT_CHARS], ("", ()))
         return holders if proof == digest[SLOT_CHARS:] else ()
+
+
+def holds(holders: Sequence[str], cache: str) -> bool:
+    """Whether ``cache`` is among ``holders``, under its number now or the one before."""
+    name, _, number = cache.partition("#")
+    return cache in holders or f"{name}#{int(number) - 1}" in holders
 
 
 def takes_warm(match: Match, free: int, most_free: int) -> bool:
@@ -171,7 +179,7 @@ def choose(table: WarmTable, waiting: Sequence[str], cache: str) -> int:
     that is warm here; else the first that is warm nowhere, so that others get what they hold; else the first."""
     matches = [table.match(digests, LOOKAHEAD) for digests in waiting[:LOOKAHEAD]]
     for index, match in enumerate(matches):
-        if match and cache in match.holders:
+        if match and holds(match.holders, cache):
             return index
     return next((index for index, match in enumerate(matches) if match is None), 0)
 

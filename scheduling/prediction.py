@@ -5,8 +5,10 @@ late for each unit of what *they* were thought to cost: estimates that are wrong
 are taken now work on that together; the first of them becomes free after half a job, on average.
 
 * What waits in the lanes above goes first. The lanes below have a turn each in every ``LANE_CYCLE`` while they wait.
-* Tenants take turns (:mod:`scheduling.fairness`): before a job go those of its own tenant, and as much of each other's
-  in its band, but no more than waits in its lane.
+* Within the lane, the bands before its own go first, and retried jobs before all; but its own band has a turn in every
+  ``BAND_CYCLE``, as have those behind it.
+* Tenants take turns (:mod:`scheduling.fairness`): of its own band go those of its own tenant before it, and as much of
+  each other's, but no more than waits there.
 * Until ``KNOWN_JOBS`` have ended, and while nothing runs (no worker, or none has taken anything), nothing is predicted.
 
 ``broker/lua/lib/{rates,prediction}.lua`` do the same in the scripts; the contract suite compares the two.
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from queue_schemas.lanes import LANE_CYCLE, LANES, Lane
+from queue_schemas.lanes import BAND_CYCLE, BANDS, LANE_CYCLE, LANES, Lane
 from queue_schemas.records import record
 
 RATE_JOBS = 64
@@ -73,10 +75,11 @@ class Rate:
 
 @record
 class LaneState:
-    """One lane of a pool: jobs that wait, and their cost; jobs that run; how fast they were."""
+    """One lane of a pool: jobs that wait, and what those of each band cost (retried ones count with the first); jobs
+    that run; how fast they were."""
 
     waiting: int = 0
-    cost: int = 0
+    costs: tuple[int, ...] = (0,) * BANDS
     leased: int = 0
     rate: Rate = Rate()
 
@@ -89,23 +92,34 @@ class Place:
     wait_ms: int | None
 
 
-def place_of(lanes: Mapping[Lane, LaneState], lane: Lane, own: int, tenants: int) -> Place:
-    """The place of a job in ``lane`` of a pool: ``own`` jobs of its tenant wait before it, in a band in which so many
-    ``tenants`` wait."""
+def place_of(lanes: Mapping[Lane, LaneState], lane: Lane, band: int, own: int, tenants: int) -> Place:
+    """The place of a job in ``lane`` of a pool: ``own`` jobs of its tenant wait before it in its ``band``, in which so
+    many ``tenants`` wait. For a retried job ``band`` is 0 and ``tenants`` 1."""
     states = [lanes.get(one, LaneState()) for one in LANES]
     at = LANES.index(lane)
-    above, here, below = states[:at], states[at], sum(state.waiting > 0 for state in states[at + 1 :])
-    before = min(own * tenants, here.waiting)
-    jobs = sum(state.waiting for state in above) + before
-    ahead: float = sum(state.cost for state in above)
-    if here.waiting > 0:
-        ahead += here.cost * before / here.waiting
+    above, below = states[:at], sum(state.waiting > 0 for state in states[at + 1 :])
+    jobs, ahead = _before(states[at], band, own, tenants)
+    jobs += sum(state.waiting for state in above)
+    ahead += sum(sum(state.costs) for state in above)
     ran, run_ms = sum(state.rate.jobs for state in states), sum(state.rate.run_ms for state in states)
     cost, slots = sum(state.rate.cost for state in states), sum(state.leased for state in states)
     if ran < KNOWN_JOBS or cost < 1 or slots < 1:
         return Place(jobs, None)
     wait = (ahead * (run_ms / cost) * LANE_CYCLE / (LANE_CYCLE - below) + run_ms / ran / 2) / slots
     return Place(jobs, int(min(wait, MAX_WAIT_MS)))
+
+
+def _before(here: LaneState, band: int, own: int, tenants: int) -> tuple[int, float]:
+    """How many jobs of its own lane go before a job, and what they cost."""
+    total = sum(here.costs)
+    if here.waiting <= 0 or not total:
+        return 0, 0.0
+    mean = total / here.waiting
+    behind = sum(cost > 0 for cost in here.costs[band + 1 :])
+    within = min(own * tenants * mean, here.costs[band])
+    cost = within + min(sum(here.costs[:band]), (within + mean) * (BAND_CYCLE - 1))
+    cost = min(cost * BAND_CYCLE / (BAND_CYCLE - behind), total)
+    return int(cost / mean + 0.5), cost
 
 
 def patience_ms(deadline_ms: int, margin: float) -> int:

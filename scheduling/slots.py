@@ -59,6 +59,10 @@ class EngineLoad:
     """Prompt tokens looked up in the prefix cache since it started."""
     prefix_hits: int | None = None
     """Of these, tokens that it held."""
+    generated: int | None = None
+    """Tokens generated since it started."""
+    cache_tokens: int | None = None
+    """What its KV cache holds in all; 0 if it keeps no prefixes."""
 
 
 @record

@@ -14,7 +14,7 @@ from .engines import Engine, EngineProfile
 class Worker:
     """One worker beside its engine. ``running`` are the requests that were sent to it; ``turn`` counts its claims."""
 
-    __slots__ = ("asked_at", "engine", "leaving", "number", "ready", "running", "slots", "turn")
+    __slots__ = ("asked_at", "cache", "engine", "leaving", "number", "ready", "running", "slots", "turn")
 
     def __init__(self, number: int, engine: Engine, slots: int, asked_at: float) -> None:
         self.number = number
@@ -25,6 +25,8 @@ class Worker:
         self.leaving = False
         self.running = 0
         self.turn = 0
+        self.cache = 0
+        """The number of its engine's prefix cache, which rises as that forgets."""
 
 
 class Membership(Protocol):

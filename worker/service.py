@@ -176,7 +176,7 @@ class Worker:
 
     @property
     def _load(self) -> EngineLoad | None:
-        return self._session.slot_limit.load
+        return self._session.load_monitor.load
 
     def _watch(self) -> None:
         slots = self.registry.gauge("inferq_slots", "Jobs that can run at once, and that do", ("state",))

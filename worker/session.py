@@ -24,11 +24,11 @@ from .engines.adapter_folder import AdapterFolder
 from .fallback_sweeper import FallbackSweeper
 from .frame_batcher import FrameBatcher
 from .lease_renewals import RENEWALS_PER_LEASE, LeaseRenewals
+from .load_monitor import LoadMonitor
 from .membership import Membership
 from .peers import Peers
 from .preemption import Preemption
 from .shard_consumer import ShardConsumer
-from .slot_limit import SlotLimit
 
 SWEEP_S = 0.25
 ADAPTERS_SCAN_S = 10.0
@@ -45,7 +45,7 @@ class WorkerSession:
         settings = context.settings
         self.session_id = session_id
         self.slots = Slots(settings.slots)
-        self.slot_limit = SlotLimit(
+        self.load_monitor = LoadMonitor(
             context.engine,
             self.slots,
             SlotBounds(settings.slots, settings.max_slots or settings.slots),
@@ -169,7 +169,7 @@ class WorkerSession:
             self._renewing = group.create_task(renewals.run(), name="lease renewals")
             group.create_task(self._watch_engine(attempts, lease_s), name="engine's progress")
             group.create_task(self._sweep(attempts), name="sweep")
-            group.create_task(self.slot_limit.run(), name="slot limit")
+            group.create_task(self.load_monitor.run(), name="load monitor")
             group.create_task(self._model_swap.run(attempts), name="model swap")
             if self._adapters is not None:
                 group.create_task(self._adapters.run(attempts), name="adapters")

@@ -24,7 +24,7 @@ local function audit_job(id)
   if not job or TERMINAL[job.state] then
     call('ZREM', P .. 'deadlines', id)
   elseif job.state == 'queued' and not call('XRANGE', P .. job.queue, job.entry, job.entry)[1] then
-    count_waiting(queue_key(job), -1, job.cost)
+    count_waiting(queue_key(job), job.queue, -1, job.cost)
     job.lane = without_region(job.lane)
     add_retry_entry(job)
     save(job)
@@ -56,15 +56,16 @@ local function correct(hash, field, value)
   repaired = repaired + 1
 end
 
--- What the jobs of these streams cost by their entries: exactly, or by the mean of the first of each stream.
-local function cost_of(queues, number)
-  local cost, share = 0, number <= MAX_ENTRIES and MAX_ENTRIES or math.max(1, math.floor(MAX_ENTRIES / #queues))
+-- What the jobs of these streams cost in each band by their entries: exactly, or by the mean of the first of each stream.
+local function costs_of(queues, number)
+  local costs, share = {}, number <= MAX_ENTRIES and MAX_ENTRIES or math.max(1, math.floor(MAX_ENTRIES / #queues))
   for _, queue in ipairs(queues) do
     local entries, of_these = call('XRANGE', P .. queue, '-', '+', 'COUNT', share), 0
     for _, entry in ipairs(entries) do of_these = of_these + tonumber(string.match(entry[2][4] or '', ' (%d+)$') or 0) end
-    cost = cost + of_these * (#entries < share and 1 or call('XLEN', P .. queue) / share)
+    local kind = cost_kind(queue)
+    costs[kind] = (costs[kind] or 0) + of_these * (#entries < share and 1 or call('XLEN', P .. queue) / share)
   end
-  return math.floor(cost)
+  return costs
 end
 
 -- What waits at a queue key is what its streams hold, and each job costs 1 at least. Begins at another key each time.
@@ -74,11 +75,13 @@ local function count_streams()
   for i = 1, #keys do
     local key = keys[(math.floor(now / 1000) + i) % #keys + 1]
     local queues, are_all = streams_at(key, MAX_COUNTED_TENANTS)
-    local waits, cost = 0, counter('counters', key .. ':cost')
+    local waits, cost = 0, 0
+    for _, kind in ipairs(COSTS) do cost = cost + counter('counters', key .. kind) end
     for _, queue in ipairs(are_all and queues or {}) do waits = waits + call('XLEN', P .. queue) end
     if are_all and (waits <= MAX_ENTRIES or waits ~= waiting(key) or cost < waits) then
       correct('counters', key .. ':waiting', waits)
-      correct('counters', key .. ':cost', cost_of(queues, waits))
+      local costs = costs_of(queues, waits)
+      for _, kind in ipairs(COSTS) do correct('counters', key .. kind, math.floor(costs[kind] or 0)) end
     end
     counted = counted + #queues
     if counted >= MAX_STREAMS then return end
@@ -117,7 +120,7 @@ local function recount(counter_fields)
       if job and not TERMINAL[job.state] then
         local what = job.state == 'queued' and ':waiting' or job.state == 'leased' and ':leased'
         if what then count('counters', queue_key(job) .. what, 1) end
-        if what == ':waiting' then count('counters', queue_key(job) .. ':cost', tonumber(job.cost)) end
+        if what == ':waiting' then count('counters', queue_key(job) .. cost_kind(job.queue), tonumber(job.cost)) end
         for _, who in ipairs({ 't:' .. job.tenant, 'p:' .. job.pool }) do
           count('budget', who .. ':jobs', 1)
           count('budget', who .. ':bytes', tonumber(job.size))

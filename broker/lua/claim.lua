@@ -1,7 +1,7 @@
 -- Leases up to n jobs to a worker, or parks it.
 -- ARGV: prefix, session id, seq, turn, n, offer (jobs that may be handed to the worker while it is parked, those of this
 --       claim included), received (jobs handed to it so far, as it counts), attempt id base, park_ms, region ('' for none),
---       number of the engine's cache in this session (a new one is cold), slots in all, then pairs: pool, lanes (comma separated).
+--       number of the engine's cache in this session (it rises as that forgets), slots in all, then pairs: pool, lanes (comma separated).
 -- Reply: {'fenced'} if the session was declared dead (or never joined); else {'ok', parked (1 or 0), jobs handed to it so
 --       far, jobs that may be handed to it still, job, ...}, each job {id, envelope, epoch, attempt id, attempt,
 --       remaining_ms, waited_ms, suspect (1 or 0), predicted wait as it came (ms, or '')}. With fewer than n jobs the worker
@@ -16,7 +16,7 @@
 local session_id, seq, worker_turn, wanted = ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
 local offer, received = tonumber(ARGV[6]), tonumber(ARGV[7])
 local attempt_base, park_ms, region = ARGV[8], tonumber(ARGV[9]), ARGV[10]
-local cache = session_id .. '#' .. ARGV[11]
+local cache = cache_of(session_id, ARGV[11])
 local MAX_SKIPPED = 64
 local MAX_BYTES = 8 * 1024 * 1024 -- of envelopes in one reply
 local MANY_QUEUES = 48 -- from here on a worker's entries among the parked stand for half of park_ms
@@ -192,7 +192,7 @@ while #held < wanted and #pools > 0 and given_bytes < MAX_BYTES do
   job.owner, job.queue, job.entry, job.charged = session_id, '', '', '0'
   if not start then correct(job, tonumber(job.cost)) end
   job.charged = exact(charge_of(job)) .. waited_for
-  note_start(job, now, region == '' and '' or '@' .. region)
+  note_start(job, now, region)
   transition(job, 'leased')
   if job.persisted == '1' then call('HSETNX', P .. 'job:' .. job.id, 'started', int(now)) end
   gather('HSET', P .. 'leases:' .. session_id, job.id, job.epoch)
@@ -228,6 +228,8 @@ else
 end
 if last[8] then call('HDEL', claimed_key, 'full') end
 answer[2], answer[4] = parked_at and 1 or 0, free
+local more = parked_at and { 'parked', parked_at } or {}
+if region ~= '' then more[#more + 1], more[#more + 2] = 'region', region end
 call('HSET', claimed_key, 'seq', seq, 'jobs', table.concat(held, ' '), 'free', int(free), 'cache', ARGV[11], 'slots', ARGV[12],
-  unpack(parked_at and { 'parked', parked_at } or {}))
+  unpack(more))
 return write_counters_and_return(answer)

@@ -75,8 +75,8 @@ local function enqueue(budgets, id, envelope, pool, lane, band, tenant, reply, p
     cost = cost, weight = weight, charged = '', predicted = '', suspicion = '' }
   local at, aid, owner, entry = queue_key(job), attempt_base .. handed_over, nil, nil
   local outcome = shared .. ':affinity/'
-  if not known.counters[at .. ':cost'] then
-    read('counters', { at .. ':waiting', at .. ':cost', shared .. ':enqueued', shared .. ':leased', outcome .. 'none',
+  if not known.counters[at .. ':' .. band .. ':cost'] then
+    read('counters', { at .. ':waiting', at .. ':' .. band .. ':cost', shared .. ':enqueued', shared .. ':leased', outcome .. 'none',
       unpack(counts_for_yields(pool)) })
   end
   if digests ~= '' then read('counters', { at .. ':wait', outcome .. 'warm', outcome .. 'cold' }) end
@@ -93,7 +93,7 @@ local function enqueue(budgets, id, envelope, pool, lane, band, tenant, reply, p
     handed_over = handed_over + 1
     gather('HSET', P .. 'leases:' .. owner.id, id, '1')
     add('counters', shared .. ':leased', 1)
-    note_start(job, now, string.match(owner.parked or '', '@%S+') or '')
+    note_start(job, now, owner.region)
     remember(job, digests, owner.cache)
   else
     local best = digests ~= '' and waiting(at) == 0 and most_free(at)

@@ -6,12 +6,11 @@
 -- Reply: {expired, woken, forgotten, most jobs of a queue key opened, the queue's time, the server's time, queue keys at which
 --       something waits}.
 -- Invariants: 10 deadline and cancel, 8 bounded memory, 13 liveness.
--- uses: attempts, parking, preemption
+-- uses: attempts, parking, preemption, arrivals_rules
 -- rarely: ask_to_yield
 
 local MAX_TENANTS = 256 -- of a band, whose jobs of a region one sweep opens to all
 local MAX_ASKED = 64 -- attempts that one sweep has yield to what waits at a queue key
-local WINDOW_MS, LOOK_MS = 30000, 500 -- how far back arrivals count on average, and how far apart two looks at them are
 local limit, at_least = ARGV[2], tonumber(ARGV[3])
 local now = now_ms(at_least > 0 and at_least or nil)
 local expired, woken, forgotten, opened = 0, 0, 0, 0

@@ -13,6 +13,7 @@ from typing import Any
 
 from queue_schemas import BrokerFull, BrokerUnavailable, InferqError, Lane, LaneDepth, Pool, ShardKeys
 from queue_schemas.ids import decode_name, encode_name
+from queue_schemas.lanes import BANDS
 from scheduling.arrivals import STALE_MS, Arrivals
 from scheduling.prediction import LaneState, Rate, place_of
 from telemetry import get_logger
@@ -73,11 +74,10 @@ class QueueStats:
             first = dict(pairs(heads))
             paces = _Paces(counts, dict(pairs(looks)), clock)
             for queue_key in {name.rpartition(b":")[0] for name in counts if name.endswith((b":waiting", b":leased"))}:
-                waiting, leased, cost = (
-                    int(counts.get(queue_key + kind, 0)) for kind in (b":waiting", b":leased", b":cost")
-                )
+                waiting, leased = (int(counts.get(queue_key + kind, 0)) for kind in (b":waiting", b":leased"))
                 if not (waiting or leased):
                     continue
+                cost = sum(int(counts.get(b"%b:%d:cost" % (queue_key, band), 0)) for band in range(BANDS))
                 pool, lane, region = _parts(queue_key.decode())
                 lanes = depths.setdefault(pool, {})
                 at = shards.setdefault(pool, [])
@@ -231,13 +231,14 @@ def _with_paces(pool: Pool, lanes: Mapping[Lane, LaneDepth], shards: Sequence[_P
     states, arrivals = {}, {}
     for lane, depth in lanes.items():
         name = f"{encode_name(pool)}:{lane}".encode()
-        states[lane] = LaneState(depth.waiting, depth.cost, depth.leased, _sum([one.rate(name) for one in shards]))
+        behind_all = (depth.cost, *(0,) * (BANDS - 1))
+        states[lane] = LaneState(depth.waiting, behind_all, depth.leased, _sum([one.rate(name) for one in shards]))
         per_s = [one.arrivals_per_s(name) for one in shards]
         arrivals[lane] = None if None in per_s else round(sum(one or 0.0 for one in per_s), 3)
     return {
         lane: depth.model_copy(
             update={
-                "predicted_wait_ms": place_of(states, lane, depth.waiting, 1).wait_ms,
+                "predicted_wait_ms": place_of(states, lane, 0, depth.waiting, 1).wait_ms,
                 "ms_per_cost": states[lane].rate.ms_per_cost,
                 "ms_per_job": states[lane].rate.ms_per_job,
                 "arrivals_per_s": arrivals[lane],

@@ -2,29 +2,38 @@
 
 A script or library says ``-- uses: fence, queue`` in its header. Libraries are the files of ``lua/lib``, and some that
 are generated: ``transitions`` from :mod:`queue_schemas.lifecycle`, ``lanes`` from :mod:`queue_schemas.lanes`,
-``affinity_rules`` from :mod:`scheduling.affinity`, and ``record_format``. Scripts are called by the SHA-1 of their text
-(EVALSHA), so two versions can share a server.
+``<decision>_rules`` from the constants of a module of :mod:`scheduling`, and ``record_format``. Scripts are called by
+the SHA-1 of their text (EVALSHA), so two versions can share a server.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 
-from queue_schemas.lanes import BAND_STEP, BANDS, LANE_CYCLE, band_order, lane_order, region_first
+from queue_schemas.lanes import BAND_CYCLE, LANE_CYCLE, band_order, lane_order, region_first
 from queue_schemas.lifecycle import TERMINAL, TRANSITIONS
-from scheduling import affinity
+from scheduling import affinity, arrivals, prediction
 
 from ..lua.linker import link
 
 _REFUSED_IN_FULL_MEMORY = frozenset({"enqueue"})
 """What takes in more work. Finishing must work when the server's memory is full."""
+_RULES: Mapping[str, tuple[ModuleType, tuple[str, ...]]] = {
+    "affinity": (affinity, ("DIGEST_CHARS", "SLOT_CHARS", "MAX_DIGESTS", "MAX_HOLDERS", "LOOKAHEAD", "PATIENCE_JOBS")),
+    "arrivals": (arrivals, ("WINDOW_MS", "LOOK_MS")),
+    "prediction": (
+        prediction,
+        ("RATE_JOBS", "FADE_MS", "KNOWN_JOBS", "MAX_WAIT_MS", "LANE_CYCLE", "BAND_CYCLE"),
+    ),
+}
+"""Constants that scripts share with the functions that say the same."""
 _USES = re.compile(r"^-- uses: (.+)$", re.MULTILINE)
 
 
@@ -63,7 +72,7 @@ def load_scripts(*, flags: bool) -> Mapping[str, Script]:
     """All scripts by name. ``flags``: with the ``#!lua`` line that real servers honour and fakeredis refuses."""
     folder = files("broker") / "lua"
     generated = {"transitions": _transitions(), "lanes": _lanes(), "record_format": _record_format()}
-    generated["affinity_rules"] = _affinity_rules()
+    generated |= {f"{rules}_rules": _constants(*source) for rules, source in _RULES.items()}
     libraries = _texts(folder / "lib") | generated
     scripts = {}
     for name, text in _texts(folder).items():
@@ -130,16 +139,15 @@ def _record_format() -> str:
     )
 
 
-def _affinity_rules() -> str:
-    """The constants of affinity in Lua."""
-    names = ("DIGEST_CHARS", "SLOT_CHARS", "MAX_DIGESTS", "MAX_HOLDERS", "LOOKAHEAD", "PATIENCE_JOBS")
-    return "".join(f"local {name} = {getattr(affinity, name)}\n" for name in names)
+def _constants(module: ModuleType, names: Sequence[str]) -> str:
+    """Constants of a decision, in Lua."""
+    return "".join(f"local {name} = {getattr(module, name)}\n" for name in names)
 
 
 def _lanes() -> str:
     """The orders in which claims look for jobs, in Lua: by turn, from index 1."""
     lanes = ", ".join("{ " + ", ".join(f"'{lane}'" for lane in lane_order(turn)) + " }" for turn in range(LANE_CYCLE))
-    bands = ", ".join("{ " + ", ".join(map(str, band_order(turn))) + " }" for turn in range(BAND_STEP * (BANDS - 1)))
+    bands = ", ".join("{ " + ", ".join(map(str, band_order(turn))) + " }" for turn in range(BAND_CYCLE))
     regions = ", ".join(str(region_first(turn)).lower() for turn in range(2 * LANE_CYCLE))
     return (
         f"local LANE_ORDERS = {{ {lanes} }}\nlocal BAND_ORDERS = {{ {bands} }}\nlocal REGION_FIRST = {{ {regions} }}\n"

@@ -41,8 +41,9 @@ class BatchingEngine:
     """Implements :class:`simulator.engines.port.Engine`."""
 
     __slots__ = (
-        "_began_at", "_clock", "_done", "_ends", "_first_s", "_growth_s", "_held", "_kv", "_leaving", "_listener",
-        "_plan_number", "_planned", "_preemptions", "_prefilled", "_profile", "_prompts", "_running", "_waiting",
+        "_began_at", "_clock", "_done", "_ends", "_first_s", "_generated", "_growth_s", "_held", "_hits", "_kv",
+        "_leaving", "_listener", "_looked_up", "_plan_number", "_planned", "_preemptions", "_prefilled", "_profile",
+        "_prompts", "_running", "_waiting",
     )  # fmt: skip
 
     def __init__(self, clock: Clock, profile: EngineProfile, kv: KvCache, listener: EngineListener) -> None:
@@ -55,6 +56,8 @@ class BatchingEngine:
         self._leaving: list[tuple[Request, Callable[[Request], None]]] = []
         """Those that are to be stopped after the step that is under way, and who hears of it."""
         self._preemptions = 0
+        self._looked_up = self._hits = self._generated = 0
+        """Prompt tokens looked up in the prefix cache, those of them that it held, and tokens generated."""
         self._running: dict[Request, tuple[int, int]] = {}
         """What decodes: the step of its last token, and the tokens that it then holds."""
         self._ends: list[tuple[int, int, Request]] = []
@@ -99,6 +102,10 @@ class BatchingEngine:
             running=len(self._running) + len(self._prompts),
             kv_usage=(self._kv.used + len(self._running) * (self._begun() if self._planned else 0)) / self._kv.capacity,
             preemptions=self._preemptions,
+            prefix_queries=self._looked_up,
+            prefix_hits=self._hits,
+            generated=self._generated,
+            cache_tokens=self._kv.keeps,
         )
 
     def _plan(self) -> None:
@@ -134,6 +141,8 @@ class BatchingEngine:
             if cached == DOES_NOT_FIT:
                 return
             waiting.popleft()
+            self._looked_up += tokens
+            self._hits += cached
             if request.started_at >= 0:
                 request.redone += tokens - cached
             else:
@@ -224,6 +233,7 @@ class BatchingEngine:
         if running:
             self._held += len(running) * steps
             self._kv.grow(len(running) * steps)
+            self._generated += len(running) * steps
             self._finish_decoded()
         if self._prefilled:
             self._finish_prompts(self._prefilled * steps)

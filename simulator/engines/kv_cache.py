@@ -34,6 +34,11 @@ class KvCache:
         self._idle: OrderedDict[int, None] = OrderedDict()
         self._everywhere = everywhere
 
+    @property
+    def keeps(self) -> int | None:
+        """How many tokens it holds, running or idle, before it forgets; None: an engine's metrics do not say."""
+        return None if self._everywhere is not None or self._offload else self.capacity
+
     def admit(self, blocks: Sequence[int], tokens: int) -> int:
         """Make room for a sequence of ``tokens`` that begins with ``blocks``. Returns how many of its tokens need no
         prefill, or ``DOES_NOT_FIT``. The last token is always computed."""
@@ -103,6 +108,11 @@ class LruBlocks:
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._blocks: OrderedDict[int, None] = OrderedDict()
+
+    @property
+    def keeps(self) -> int:
+        """How many blocks it holds before it forgets."""
+        return self._capacity
 
     def touch(self, blocks: Sequence[int]) -> int:
         """How many leading ones of ``blocks`` are held; from now on all are."""

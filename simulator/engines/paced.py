@@ -22,7 +22,10 @@ class PacedEngine:
         "_block_tokens",
         "_cache",
         "_clock",
+        "_generated",
+        "_hits",
         "_listener",
+        "_looked_up",
         "_max_seqs",
         "_pace",
         "_prefill",
@@ -49,6 +52,8 @@ class PacedEngine:
         self._running: dict[Request, tuple[float, int]] = {}
         """When the first of the tokens to come comes, and how many there are."""
         self._waiting: deque[Request] = deque()
+        self._looked_up = self._hits = self._generated = 0
+        """Prompt tokens looked up in the prefix cache, those of them that it held, and tokens generated."""
 
     def submit(self, request: Request) -> None:
         """Run ``request``, beginning behind the tokens that it has."""
@@ -74,11 +79,20 @@ class PacedEngine:
 
     def load(self) -> EngineLoad:
         """What its metrics would say now, but for the KV cache, which it has none of."""
-        return EngineLoad(waiting=len(self._waiting), running=len(self._running))
+        return EngineLoad(
+            waiting=len(self._waiting),
+            running=len(self._running),
+            prefix_queries=self._looked_up,
+            prefix_hits=self._hits,
+            generated=self._generated,
+            cache_tokens=self._cache.keeps * self._block_tokens,
+        )
 
     def _begin(self, request: Request) -> None:
         tokens, size = request.prompt_tokens + request.generated, self._block_tokens
         cached = min(self._cache.touch(request.blocks) * size, (tokens - 1) // size * size)
+        self._looked_up += tokens
+        self._hits += cached
         if request.started_at < 0:
             request.cached = cached
         else:
@@ -95,7 +109,7 @@ class PacedEngine:
         request, first_at = attempt
         if self._running.get(request, (None, 0))[0] != first_at:
             return  # it was stopped
-        del self._running[request]
+        self._generated += self._running.pop(request)[1]
         request.generated = request.output_tokens
         self._begin_waiting()
         self._listener.finished(request)

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from queue_schemas.lanes import LANES, Lane, lane_order
+from scheduling.cache_age import CacheAge, next_age
 from scheduling.cost import Usage, cost_of
 from scheduling.fairness import charge_of
 from scheduling.prediction import place_of
@@ -46,6 +47,16 @@ class QueueRules:
     packs: bool = False
 
 
+@dataclass(slots=True)
+class _Reading:
+    """What a worker knows of its engine, and for how many intervals it did not ask."""
+
+    bounds: SlotBounds
+    state: SlotState
+    age: CacheAge = field(default_factory=CacheAge)
+    passed: int = 0
+
+
 class PullQueue:
     """Implements :class:`simulator.policies.port.Policy`."""
 
@@ -56,8 +67,7 @@ class PullQueue:
         self._warmth = Warmth(context.block_tokens) if rules.affinity else None
         self._yielding = Yielding() if rules.max_yields else None
         self._lines: dict[Lane, Line] = {lane: Line(self._warmth, fair=rules.fairness) for lane in LANES}
-        self._slots: dict[Worker, tuple[SlotBounds, SlotState, int]] = {}
-        """Of workers that adapt them; and for how many intervals their engines were not asked."""
+        self._readings: dict[Worker, _Reading] = {}
         self._free = LoadLevels()
         """Workers that have a free slot, by where new work is handed to first."""
         self._sign = 1 if rules.packs else -1
@@ -74,7 +84,7 @@ class PullQueue:
         best = None if line.waiting else self._free.lowest()
         if best is None:
             states = {lane: one.state for lane, one in self._lines.items()}
-            request.predicted_ms = place_of(states, request.lane, *line.before(request)).wait_ms
+            request.predicted_ms = place_of(states, request.lane, request.band, *line.before(request)).wait_ms
             line.put(request)
             if request.lane is Lane.INTERACTIVE:
                 self._ask_to_yield(line.waiting)
@@ -96,10 +106,10 @@ class PullQueue:
 
     def joined(self, worker: Worker) -> None:
         """``worker`` claims what it has slots for."""
-        if self._rules.max_slots is not None:
-            bounds = SlotBounds(worker.slots, max(self._rules.max_slots, worker.slots))
-            self._slots[worker] = (bounds, first_state(bounds), 0)
-            self._clock.at(self._clock.now + READ_ENGINE_S, self._adapt, worker)
+        if self._rules.max_slots is not None or self._rules.affinity:
+            bounds = SlotBounds(worker.slots, max(self._rules.max_slots or 0, worker.slots))
+            self._readings[worker] = _Reading(bounds, first_state(bounds))
+            self._clock.at(self._clock.now + READ_ENGINE_S, self._read_engine, worker)
         self._claim(worker)
 
     def left(self, worker: Worker) -> None:
@@ -145,21 +155,24 @@ class PullQueue:
         else:
             self._free.remove(worker)
 
-    def _adapt(self, worker: Worker) -> None:
-        """``worker`` reads the load of its engine."""
+    def _read_engine(self, worker: Worker) -> None:
+        """``worker`` reads the load of its engine: its slots and its cache's number follow."""
         if worker.leaving:
-            del self._slots[worker]
+            del self._readings[worker]
             return
-        self._clock.at(self._clock.now + READ_ENGINE_S, self._adapt, worker)
-        bounds, state, passed = self._slots[worker]
-        busy, passed = worker.running, passed + 1
-        if not asks_now(state, bounds, busy=busy, passed=passed):
-            self._slots[worker] = (bounds, state, passed)
+        self._clock.at(self._clock.now + READ_ENGINE_S, self._read_engine, worker)
+        last, busy = self._readings[worker], worker.running
+        last.passed += 1
+        if not asks_now(last.state, last.bounds, busy=busy, passed=last.passed):
             return
-        state = next_state(state, bounds, worker.engine.load(), busy=busy, all_in_use=busy >= worker.slots)
-        self._slots[worker] = (bounds, state, 0)
-        if state.limit != worker.slots:
-            worker.slots = state.limit
+        load, last.passed = worker.engine.load(), 0
+        last.age, rises = next_age(last.age, load)
+        worker.cache += rises
+        if self._rules.max_slots is None:
+            return
+        last.state = next_state(last.state, last.bounds, load, busy=busy, all_in_use=busy >= worker.slots)
+        if last.state.limit != worker.slots:
+            worker.slots = last.state.limit
             self._claim(worker)
 
     def _ask_to_yield(self, waiting: int) -> None:

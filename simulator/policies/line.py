@@ -20,7 +20,7 @@ class Line:
     worker takes the first, or with ``warmth`` one that it holds the prefix of. Unless ``fair``, all tenants are one.
     """
 
-    __slots__ = ("_bands", "_cost", "_fair", "_patience", "_rate", "_retries", "_turn", "_warmth", "leased", "waiting")
+    __slots__ = ("_bands", "_costs", "_fair", "_patience", "_rate", "_retries", "_turn", "_warmth", "leased", "waiting")
 
     def __init__(self, warmth: Warmth | None, *, fair: bool) -> None:
         self._warmth = warmth
@@ -29,7 +29,7 @@ class Line:
         self._bands: tuple[tuple[Band, dict[str, deque[Request]]], ...] = tuple((Band(), {}) for _ in range(BANDS))
         self._retries: deque[Request] = deque()
         self._turn = 0
-        self._cost = 0
+        self._costs = [0] * BANDS
         self._rate = Rate()
         self.waiting = 0
         self.leased = 0
@@ -38,7 +38,7 @@ class Line:
     @property
     def state(self) -> LaneState:
         """What predictions know of the lane."""
-        return LaneState(self.waiting, self._cost, self.leased, self._rate)
+        return LaneState(self.waiting, tuple(self._costs), self.leased, self._rate)
 
     def before(self, request: Request) -> tuple[int, int]:
         """How many requests of its tenant wait before ``request``, which comes now, and tenants in its band."""
@@ -59,7 +59,7 @@ class Line:
         band.come(tenant)
         queues.setdefault(tenant, deque()).append(request)
         self.waiting += 1
-        self._cost += request.cost
+        self._costs[request.band] += request.cost
 
     def put_again(self, request: Request) -> None:
         """``request`` yielded, and waits before new ones. What its tenant was charged is given back."""
@@ -67,7 +67,7 @@ class Line:
         request.charged = None
         self._retries.append(request)
         self.waiting += 1
-        self._cost += request.cost
+        self._costs[0] += request.cost
 
     def take(self, worker: Worker, now: float) -> Request:
         """The request that ``worker`` claims; there is one."""
@@ -75,15 +75,16 @@ class Line:
         fresh = self.waiting > len(self._retries)
         if self._retries and (retries_first or not fresh):
             request = self._retries.popleft()
+            self._costs[0] -= request.cost
             request.charged = 0.0
             self.correct(request, request.charge)
         else:
             request = self._take_fresh(worker, now)
+            self._costs[request.band] -= request.cost
             request.waited_ms = int((now - request.queued_at) * 1e3)
         request.charged = request.charge
         self._turn += 1
         self.waiting -= 1
-        self._cost -= request.cost
         self._patience.left(now - request.queued_at)
         return request
 

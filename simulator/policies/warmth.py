@@ -14,6 +14,7 @@ from scheduling.affinity import (
     SAMPLED_CHUNKS,
     WarmTable,
     choose,
+    holds,
     patience_ms,
     takes_warm,
 )
@@ -49,25 +50,31 @@ class Warmth:
         if match is None:
             return best
         most_free = best.slots - best.running
-        holders = (self._workers[name] for name in match.holders)
+        holders = (self._workers[holder.partition("#")[0]] for holder in match.holders)
         warm = [
             worker
             for worker in holders
-            if worker.ready and not worker.leaving and takes_warm(match, worker.slots - worker.running, most_free)
+            if worker.ready
+            and not worker.leaving
+            and holds(match.holders, _cache(worker))
+            and takes_warm(match, worker.slots - worker.running, most_free)
         ]
         return max(warm, key=lambda worker: worker.slots - worker.running, default=best)
 
     def remember(self, digests: str, worker: Worker) -> None:
         """A request with ``digests`` runs on ``worker``."""
         if digests:
-            name = str(worker.number)
-            self._workers[name] = worker
-            self._table.remember(digests, name)
+            self._workers[f"{worker.number}"] = worker
+            self._table.remember(digests, _cache(worker))
 
     def chosen(self, waiting: Iterable[str], worker: Worker) -> int:
         """Which of the requests that wait, given as their digests in fair order, ``worker`` takes."""
         found: Sequence[str] = [digests for digests, _ in zip(waiting, range(LOOKAHEAD), strict=False)]
-        return choose(self._table, found, str(worker.number))
+        return choose(self._table, found, _cache(worker))
+
+
+def _cache(worker: Worker) -> str:
+    return f"{worker.number}#{worker.cache}"
 
 
 class Patience:

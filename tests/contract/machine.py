@@ -220,11 +220,11 @@ class QueueMachine(RuleBasedStateMachine):
         more=st.integers(-1, 2),
         unread=st.integers(0, 2),
         served=st.sampled_from(SERVED),
-        cache=st.sampled_from((0, 0, 0, 1)),
+        cache=st.sampled_from((0, 0, 0, 1, 2)),
     )
     def claim(self, number: int, n: int, more: int, unread: int, served: Served, cache: int) -> None:
         """A worker asks for work, and offers to take more, or nothing, without asking. It has not read yet of the last
-        jobs that it was handed. Its engine may have lost its cache since."""
+        jobs that it was handed. Its engine may have forgotten much, or all, since."""
         offer = n + more if n and more >= 0 else 0
         self._claim(pick(self.workers, number), n, served, offer=offer, unread=unread, cache=cache)
 

@@ -33,10 +33,10 @@ from queue_schemas import (
 )
 from queue_schemas.frames import unpack_frames
 from queue_schemas.ids import encode_name
-from queue_schemas.lanes import BAND_STEP, band_order, lane_order
+from queue_schemas.lanes import BAND_STEP, BANDS, band_order, lane_order
 from queue_schemas.lifecycle import TERMINAL, TRANSITIONS
 from queue_schemas.persisted_output import key_digest, request_digest
-from scheduling.affinity import WarmTable, choose, patience_ms, takes_warm
+from scheduling.affinity import WarmTable, choose, holds, patience_ms, takes_warm
 from scheduling.arrivals import LOOK_MS, Arrivals
 from scheduling.fairness import Band, charge_of, units
 from scheduling.prediction import LaneState, Rate, place_of
@@ -143,9 +143,8 @@ class Model:
     def _warmest(self, job: Job, takers: Mapping[str, int]) -> str:
         """The worker that a job goes to for the prefix that it holds; '' if there is none, or it is loaded too much."""
         match = self.warm.match(job.affinity)
-        holders = (
-            [w for holder in match.holders if self._cache(w := holder.partition("#")[0]) == holder] if match else []
-        )
+        known = [holder.partition("#")[0] for holder in match.holders] if match else []
+        holders = [w for w in known if match and w in self.runs and holds(match.holders, self._cache(w))]
         best = max((w for w in holders if w in takers), key=self._room, default="")
         freest = min(takers, key=lambda worker: (-takers[worker], worker), default="")
         return best if best and match and takes_warm(match, self._room(best), self._room(freest)) else ""
@@ -162,7 +161,7 @@ class Model:
         """A job was leased: its worker holds its prefix from now on."""
         digests, cache = live.job.affinity, self._cache(live.owner)
         match = self.warm.match(digests)
-        outcome = ("warm" if match and cache in match.holders else "cold") if digests else "none"
+        outcome = ("warm" if match and holds(match.holders, cache) else "cold") if digests else "none"
         self.affinities[(*live.place, outcome)] += 1
         self.warm.remember(digests, cache)
 
@@ -558,16 +557,17 @@ class Model:
             at = Place(place.pool, lane)
             waiting = self.waiting(at) - (lane is place.lane)  # it is not in its line yet
             leased = sum(one.place == at and one.state is State.LEASED for one in self.live.values())
-            cost = costs.get(at, 0) - (cost_of(live.job) if lane is place.lane else 0)
-            lanes[lane] = LaneState(waiting, cost, leased, self.rates[at])
+            of_bands = tuple(costs.get((at, one), 0) for one in range(BANDS))
+            lanes[lane] = LaneState(waiting, of_bands, leased, self.rates[at])
         own = len(self.lines.get(Line("fresh", place, band, live.job.tenant), ()))
-        return place_of(lanes, place.lane, own, len(self._fresh_lines(place, band))).wait_ms
+        return place_of(lanes, place.lane, band, own, len(self._fresh_lines(place, band))).wait_ms
 
-    def _costs(self) -> dict[Place, int]:
-        costs: Counter[Place] = Counter()
+    def _costs(self) -> dict[tuple[Place, int], int]:
+        """What waits in each band costs."""
+        costs: Counter[tuple[Place, int]] = Counter()
         for live in self.live.values():
-            if live.state is State.QUEUED:
-                costs[live.place] += cost_of(live.job)
+            if live.state is State.QUEUED and live.line is not None:
+                costs[live.place, live.line.band] += cost_of(live.job)
         return dict(costs)
 
     def _stored(self) -> list[tuple[Job, list[tuple[int, int, int]]]]:

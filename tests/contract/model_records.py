@@ -163,7 +163,7 @@ class Snapshot:
     leases: dict[str, dict[str, int]]
     budgets: dict[str, int]
     waiting: dict[Place, int]
-    costs: dict[Place, int]
+    costs: dict[tuple[Place, int], int]
     """What waits, by its cost."""
     rates: dict[Place, Rate]
     arrivals: dict[Place, Arrivals]

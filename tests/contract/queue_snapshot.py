@@ -107,7 +107,8 @@ def read_snapshot(raw: Raw) -> Snapshot:
     require(active == fresh, f"tenants with waiting jobs are {fresh}, those in turn {active}")
     standing = {job_id: line for line, jobs in lines.items() for job_id in jobs}
     require(len(standing) == sum(map(len, lines.values())), "a job waits in two places")
-    counters, dead = _counters(raw), [entry for _, entry in raw.one("dead")]
+    counters, costs = _counters(raw)
+    dead = [entry for _, entry in raw.one("dead")]
     letters = {(entry_id.decode(),) for entry_id, _ in raw.one("dead")}
     require(letters == set(raw.of("dead_request")), "each dead letter has its request")
     return Snapshot(
@@ -116,7 +117,7 @@ def read_snapshot(raw: Raw) -> Snapshot:
         leases={worker: _epochs(held) for (worker,), held in raw.of("leases").items()},
         budgets={_decoded(name): number for name, number in _numbers(raw.one("budget")).items()},
         waiting=counters.pop("waiting", {}),
-        costs=counters.pop("cost", {}),
+        costs=costs,
         rates=_rates(*(counters.pop(kind, {}) for kind in ("ran", "ran_ms", "ran_cost", "ran_at"))),
         arrivals=_arrivals(raw),
         looked_at=int(dict(raw.one("arrivals")).get(b"at", 0)),
@@ -189,13 +190,17 @@ def _place(pool: str, lane: str) -> Place:
     return Place(decode_name(pool), Lane(lane))
 
 
-def _counters(raw: Raw) -> dict[str, dict[Place, int]]:
-    """What is counted, by kind and place."""
+def _counters(raw: Raw) -> tuple[dict[str, dict[Place, int]], dict[tuple[Place, int], int]]:
+    """What is counted, by kind and place; and what those that wait cost, by place and band."""
     counters: dict[str, dict[Place, int]] = {}
+    costs = {}
     for name, number in _numbers(raw.one("counters")).items():
-        pool, lane, kind = name.split(":")
-        counters.setdefault(kind, {})[_place(pool, lane)] = number
-    return counters
+        pool, lane, *band, kind = name.split(":")
+        if kind == "cost":
+            costs[_place(pool, lane), int(*band)] = number
+        else:
+            counters.setdefault(kind, {})[_place(pool, lane)] = number
+    return counters, costs
 
 
 def _rates(jobs: dict[Place, int], *sums: dict[Place, int]) -> dict[Place, Rate]:

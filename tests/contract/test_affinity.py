@@ -181,16 +181,17 @@ async def test_a_favourite_worker_that_dies_is_forgotten(broker: Broker) -> None
     assert (len(await heir.handed()), len(await idle.handed())) == (1, 0)
 
 
-async def test_an_engine_that_lost_its_cache_is_cold(broker: Broker) -> None:
-    """The worker says so with its next claim."""
+@pytest.mark.parametrize(("number", "handed"), [(1, (1, 0)), (2, (0, 1))])
+async def test_a_cache_that_forgot_is_cold(broker: Broker, number: int, handed: tuple[int, int]) -> None:
+    """The worker says so with its next claim: what it was leased under its number before last counts no more."""
     warm, free = await offering(broker, 4), await offering(broker, 4)
     await broker.jobs.enqueue(warm_job("a", 2))
     warm, free = await holder_first(warm, free)
     pools = [(MODEL, tuple(Lane))]
     warm.seq += 1
-    await broker.workers.claim(0, warm.session_id, warm.seq, 0, 3, pools, offer=3, received=1, cache=1)
+    await broker.workers.claim(0, warm.session_id, warm.seq, 0, 3, pools, offer=3, received=1, cache=number)
     await broker.jobs.enqueue(warm_job("a", 3))
-    assert (len(await warm.handed()), len(await free.handed())) == (0, 1)
+    assert (len(await warm.handed()), len(await free.handed())) == handed
 
 
 async def test_a_large_job_wakes_the_worker_that_holds_its_prefix(broker: Broker) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from broker.redis.scripts import load_scripts
 from queue_schemas import Lane
-from scheduling.affinity import MAX_HOLDERS
+from scheduling.affinity import MAX_HOLDERS, SLOT_CHARS
 from tests.support.queue import MODEL, Puller
 
 from .rewriting import Rewrite, rewritten
@@ -36,14 +36,34 @@ async def load_stays_within_the_bound(scene: Scene) -> None:
     assert (len(await scene.worker.handed()), len(await other.handed())) == (0, 1)
 
 
-async def a_lost_cache_is_cold(scene: Scene) -> None:
-    """What an engine held before it restarted counts no more."""
+async def _forgets(scene: Scene, number: int) -> Puller:
+    """The cache that holds ``MINE`` has this number now; another worker has one free slot more, and is answered."""
     await _holds(scene, scene.worker, MINE)
     other, worker = await scene.another(), scene.worker
-    await scene.broker.workers.claim(0, worker.session_id, 9, 1, 7, [(MODEL, tuple(Lane))], offer=7, cache=1)
+    await scene.broker.workers.claim(0, worker.session_id, 9, 1, 7, [(MODEL, tuple(Lane))], offer=7, cache=number)
     assert await other.claim(8, offer=8) == []
+    return other
+
+
+async def a_lost_cache_is_cold(scene: Scene) -> None:
+    """What an engine held before it restarted counts no more."""
+    other = await _forgets(scene, 2)
     await scene.broker.jobs.enqueue(scene.job(affinity=MINE))
-    assert (len(await worker.handed()), len(await other.handed())) == (0, 1)
+    assert (len(await scene.worker.handed()), len(await other.handed())) == (0, 1)
+
+
+async def half_a_cache_is_warm(scene: Scene) -> None:
+    """What was leased under the number before is held yet."""
+    other = await _forgets(scene, 1)
+    await scene.broker.jobs.enqueue(scene.job(affinity=MINE))
+    assert (len(await scene.worker.handed()), len(await other.handed())) == (1, 0)
+
+
+async def a_cache_is_one_holder(scene: Scene) -> None:
+    """Under whatever number: a newer one takes the place of an older one."""
+    await half_a_cache_is_warm(scene)
+    slot = await scene.client.hget(KEYS.warm, MINE[:SLOT_CHARS])
+    assert slot is not None and slot.decode().split() == [MINE[SLOT_CHARS:], f"{scene.worker.session_id}#1"]
 
 
 async def slots_that_became_free_count(scene: Scene) -> None:
@@ -142,14 +162,19 @@ GUARDS: list[tuple[Scenario, Rewrite]] = [
         Rewrite("handoff", "math.max(one.slots - one.leases - one.here, one.free)", "one.free"),
     ),
     (a_lost_cache_is_cold, Rewrite("handoff", "is_holder(held, holder.cache) and ", "")),
-    (a_warm_worker_takes_what_it_offers, Rewrite("handoff", "is_holder(holder.parked, key) and ", "")),
+    (half_a_cache_is_warm, Rewrite("affinity", " or has_word(held, cache.before)", "")),
+    (a_cache_is_one_holder, Rewrite("affinity", "string.sub(holder, 1, #cache.name) ~= cache.name and ", "")),
+    (
+        a_warm_worker_takes_what_it_offers,
+        Rewrite("handoff", "call('ZSCORE', P .. 'offers:' .. key, holder.id) and ", ""),
+    ),
     (a_slot_is_no_proof, Rewrite("affinity", PROOF, "held or ''")),
     (a_patience_ends, Rewrite("claim", " or now - tonumber(first.at) >= patience", "")),
     (within_it_the_warm_job_is_taken, Rewrite("affinity", "if is_holder(held, cache) then return i end", "")),
     (a_retry_tells_no_wait, Rewrite("claim", "if start then follow_wait", "if job then follow_wait")),
     (few_holders_are_kept, Rewrite("affinity", " and number < MAX_HOLDERS", "")),
     (a_retried_job_is_remembered, Rewrite("claim", "return fields[2] or ''", "return ''")),
-    (the_wait_is_forgotten_with_the_queue, Rewrite("counters", ", ':wait' }", " }")),
+    (the_wait_is_forgotten_with_the_queue, Rewrite("counters", ", ':wait', unpack(COSTS) }", ", unpack(COSTS) }")),
 ]
 
 

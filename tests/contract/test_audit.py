@@ -10,6 +10,7 @@ import pytest
 from broker import Broker
 from queue_schemas import Lane, Outcome, Settled, State
 from queue_schemas.keys import ShardKeys
+from queue_schemas.lanes import BANDS
 from tests.support.queue import MODEL, Puller, ServerBackend, answer_frame, live_counts, make_job
 
 KEYS = ShardKeys(0)
@@ -103,18 +104,17 @@ async def test_indexes_that_vanished_are_made_again(broker: Broker, worker: Pull
 async def test_what_waits_is_counted_in_a_shard_with_many_jobs(broker: Broker, worker: Puller, client: Any) -> None:
     """[G6] With too many live jobs to make all counters anew, what waits is still counted, and what it costs: workers
     claim by the one, waits are predicted by the other."""
-    jobs = [make_job(tenant=f"t{n % 5}", lane=list(Lane)[n % 3], cost_estimate=n) for n in range(1_200)]
+    jobs = [make_job(tenant=f"t{n % 5}", lane=list(Lane)[n % 3], band=n % BANDS, cost_estimate=n) for n in range(1_200)]
     for job in jobs:
         await broker.jobs.enqueue(job)
     right = {lane: (depth.waiting, depth.cost) for lane, depth in (await broker.stats.depths())[MODEL].items()}
     assert {waiting for waiting, _ in right.values()} == {400}
     await client.delete(KEYS.counters)
-    assert await audited(broker) == 6
+    assert await audited(broker) == 3 + 3 * BANDS
     repaired = {lane: (depth.waiting, depth.cost) for lane, depth in (await broker.stats.depths())[MODEL].items()}
     assert repaired == right
-    await client.hincrby(
-        KEYS.counters, next(iter(await client.hkeys(KEYS.counters))).rpartition(b":")[0] + b":cost", 77
-    )
+    cost = next(name for name in await client.hkeys(KEYS.counters) if name.endswith(b":1:cost"))
+    await client.hincrby(KEYS.counters, cost, 77)
     assert await audited(broker) == 1
     assert len(await worker.claim(4)) == 4
 

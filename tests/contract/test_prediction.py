@@ -10,6 +10,7 @@ import pytest
 
 from broker import Broker
 from queue_schemas import Lane, Lease, Outcome, State, WaitTooLong
+from queue_schemas.lanes import BANDS
 from scheduling.prediction import KNOWN_JOBS, MAX_WAIT_MS, LaneState, Place, Rate, patience_ms, place_of
 from tests.support.queue import MODEL, Puller, make_job
 
@@ -55,22 +56,24 @@ async def test_the_scripts_predict_what_the_functions_predict(broker: Broker, wo
     rate = await observed(broker, worker, KNOWN_JOBS + 70)
     slots = dice.randint(1, 4)
     await running(broker, worker, slots)
-    lanes = {lane: LaneState() for lane in Lane} | {Lane.INTERACTIVE: LaneState(0, 0, slots, rate)}
-    own: dict[tuple[Lane, str], int] = {}
+    lanes = {lane: LaneState() for lane in Lane} | {Lane.INTERACTIVE: LaneState(leased=slots, rate=rate)}
+    own: dict[tuple[Lane, int, str], int] = {}
     jobs, places = [], []
     for _ in range(40):
         lane, tenant, cost = dice.choice(list(Lane)), dice.choice("abc"), dice.randint(1, 5_000)
-        tenants = len({name for at, name in own if at is lane})
-        place = place_of(lanes, lane, own.get((lane, tenant), 0), tenants)
-        job = make_job(lane=lane, tenant=tenant, cost_estimate=cost)
+        band = dice.randrange(BANDS)
+        tenants = len({name for *at, name in own if at == [lane, band]})
+        place = place_of(lanes, lane, band, own.get((lane, band, tenant), 0), tenants)
+        job = make_job(lane=lane, band=band, tenant=tenant, cost_estimate=cost)
         assert (await broker.jobs.start_enqueue(job)).predicted_ms == place.wait_ms
-        own[lane, tenant] = own.get((lane, tenant), 0) + 1
+        own[lane, band, tenant] = own.get((lane, band, tenant), 0) + 1
         state = lanes[lane]
-        lanes[lane] = LaneState(state.waiting + 1, state.cost + cost, state.leased, state.rate)
-        jobs.append((job, own[lane, tenant] - 1))
+        costs = tuple(was + cost * (one == band) for one, was in enumerate(state.costs))
+        lanes[lane] = LaneState(state.waiting + 1, costs, state.leased, state.rate)
+        jobs.append((job, own[lane, band, tenant] - 1))
     for job, before in jobs:
-        tenants = len({name for at, name in own if at is job.lane})
-        places.append(place_of(lanes, job.lane, before, tenants))
+        tenants = len({name for *at, name in own if at == [job.lane, job.band]})
+        places.append(place_of(lanes, job.lane, job.band, before, tenants))
     assert await broker.jobs.places([job.id for job, _ in jobs]) == places
 
 

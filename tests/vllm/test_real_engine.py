@@ -11,7 +11,9 @@ import pytest
 
 from inferq.chat.client import Answer, ChatClient
 from inferq.vllm_setup import DEFAULT_MODEL
+from scheduling.slots import EngineLoad
 from tests.support.waiting import eventually
+from worker.core import read_load
 
 from .conftest import RealFleet
 
@@ -52,6 +54,28 @@ async def _running(real: RealFleet) -> int:
             assert found, "vLLM exports the number of running requests"
             total += sum(round(float(value)) for value in found)
     return total
+
+
+async def test_vllm_says_what_its_cache_holds_and_stores(real: RealFleet) -> None:
+    """By this a worker knows when it has forgotten what it served (``scheduling.cache_age``)."""
+    text = "One, two, three. " * 64
+
+    async def load() -> EngineLoad:
+        async with real.fleet.session.get(f"{real.engines[0]}/metrics") as answer:
+            found = read_load(await answer.read())
+        assert found is not None
+        return found
+
+    before = await load()
+    for _ in range(2):
+        await _complete(real.fleet.session, real.engines[0], {"prompt": text, "max_tokens": 8, "ignore_eos": True})
+    after = await load()
+    assert after.cache_tokens is not None and after.cache_tokens == before.cache_tokens > 10_000
+    figures = [(one.generated, one.prefix_queries, one.prefix_hits) for one in (before, after)]
+    generated, looked_up, hits = (int(now or 0) - int(was or 0) for was, now in zip(*figures, strict=True))
+    assert generated == 16
+    assert looked_up > 2 * 128
+    assert looked_up // 2 - 32 <= hits < looked_up // 2  # all but the last blocks of the second
 
 
 async def test_a_streamed_chat_through_the_queue_knows_the_capital_of_france(real: RealFleet) -> None:

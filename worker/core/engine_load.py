@@ -17,9 +17,11 @@ MAX_REQUESTS = 1_000_000
 MAX_TOTAL = 2**53
 _SAMPLE = re.compile(
     rb"^vllm:(num_requests_waiting(?:_by_reason)?|num_requests_running|(?:kv|gpu)_cache_usage_perc|num_preemptions_total"
-    rb"|(?:gpu_)?prefix_cache_(?:queries|hits)_total)(\{[^\n]*\})? ([^ \r\n]{1,40})",
+    rb"|(?:gpu_|external_)?prefix_cache_(?:queries|hits)_total|generation_tokens_total|cache_config_info)"
+    rb"(\{[^\n]*\})? ([^ \r\n]{1,40})",
     re.MULTILINE,
 )
+_CONFIG = re.compile(rb'[{,](block_size|num_gpu_blocks|enable_prefix_caching)="([0-9]{1,12}|False)"')
 _DEFERRED = b'reason="deferred"'
 """vLLM's word for requests that wait for something else than room."""
 
@@ -27,10 +29,13 @@ _DEFERRED = b'reason="deferred"'
 def read_load(page: bytes) -> EngineLoad | None:
     """The load that ``page`` tells; None if it does not tell what waits, or cannot be true."""
     values: dict[bytes, list[float]] = {}
+    caches: list[float] = []
     deferred = 0.0
     for name, labels, text in _SAMPLE.findall(page):
         value = _number(text)
-        if not name.endswith(b"_by_reason"):
+        if name == b"cache_config_info":
+            caches.append(_cache_tokens(labels))
+        elif not name.endswith(b"_by_reason"):
             values.setdefault(name.replace(b"gpu_prefix", b"prefix").replace(b"gpu_cache", b"kv_cache"), []).append(
                 value
             )
@@ -46,7 +51,21 @@ def read_load(page: bytes) -> EngineLoad | None:
         preemptions=_total(values.get(b"num_preemptions_total", ()), MAX_TOTAL),
         prefix_queries=_total(values.get(b"prefix_cache_queries_total", ()), MAX_TOTAL),
         prefix_hits=_total(values.get(b"prefix_cache_hits_total", ()), MAX_TOTAL),
+        generated=_total(values.get(b"generation_tokens_total", ()), MAX_TOTAL),
+        # Behind a cache outside of the engine (a connector's), nobody says how much is held.
+        cache_tokens=None if any(values.get(b"external_prefix_cache_queries_total", ())) else _total(caches, MAX_TOTAL),
     )
+
+
+def _cache_tokens(labels: bytes) -> float:
+    """How many tokens one KV cache holds, 0 if it keeps no prefixes; NaN where its labels do not say."""
+    config = dict(_CONFIG.findall(labels))
+    if config.get(b"enable_prefix_caching") == b"False":
+        return 0.0
+    try:
+        return float(config[b"block_size"]) * float(config[b"num_gpu_blocks"])
+    except (KeyError, ValueError):
+        return math.nan
 
 
 def _number(text: bytes) -> float:

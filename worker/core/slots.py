@@ -28,6 +28,7 @@ from math import inf
 from queue_schemas import Assignment, Claimed, Lane, Pool
 from queue_schemas.lanes import lane_order
 from queue_schemas.records import record
+from scheduling.cache_age import GENERATIONS
 
 PARK_AGAIN_S = 20.0
 """The broker counts a parked worker as idle for 30 s."""
@@ -90,7 +91,7 @@ class Slots:
     ready: bool = False
     """Whether the engine takes calls."""
     cache: int = 0
-    """The number of the engine's prefix cache in this session: what was served before it rose is cold."""
+    """The number of the engine's prefix cache in this session: it rises as that forgets what was served."""
     draining: bool = False
     order: tuple[int, int] = (-1, -1)
     """``(term, version)`` of the assignment in force."""
@@ -117,7 +118,7 @@ class Slots:
     def engine_is(self, *, ready: bool) -> None:
         """The engine takes calls, or takes none any more. One that stopped begins again with an empty cache."""
         if self.ready and not ready:
-            self.cache += 1
+            self.cache += GENERATIONS
         self.ready = ready
 
     def assign(self, assignment: Assignment, *, registered: bool = False) -> bool:

@@ -1,6 +1,7 @@
 -- Which engine's cache holds a job's prefix, by who was leased a job with it: ``warm`` is a hash with a fixed number of
--- slots, each of them the proof of a digest and who holds it, ``<session>#<number of its cache>``, the latest first. What
--- is said here of digests is said by scheduling/affinity.py, whose constants ``affinity_rules`` brings; tests compare.
+-- slots, each of them the proof of a digest and who holds it, ``<session>#<number of its cache>``, the latest first. A
+-- cache is one table: it holds what it was leased under its number now and the one before. What is said here of digests is
+-- said by scheduling/affinity.py, whose constants ``affinity_rules`` brings; tests compare.
 -- uses: counters, finish, affinity_rules
 -- rarely: learn, choose
 
@@ -33,8 +34,17 @@ local function match_prefix(digests, limit)
   end
 end
 
+local function cache_of(session_id, number)
+  local name = session_id .. '#'
+  return { name = name, now = name .. number, before = name .. int(tonumber(number) - 1) }
+end
+
+local function has_word(text, word)
+  return text and string.find(' ' .. text .. ' ', ' ' .. word .. ' ', 1, true)
+end
+
 local function is_holder(held, cache)
-  return held and string.find(' ' .. held .. ' ', ' ' .. cache .. ' ', 1, true)
+  return has_word(held, cache.now) or has_word(held, cache.before)
 end
 
 -- ``cache`` holds these digests from now on. Answers whether it held the longest known prefix before.
@@ -42,9 +52,9 @@ local function learn(digests, cache)
   read_warm({ digests }, MAX_DIGESTS)
   local was_warm = is_holder(match_prefix(digests, MAX_DIGESTS), cache)
   for at = 1, #digests, DIGEST_CHARS do
-    local slot, held, number = string.sub(digests, at, at + SLOT_CHARS - 1), cache, 1
+    local slot, held, number = string.sub(digests, at, at + SLOT_CHARS - 1), cache.now, 1
     for holder in string.gmatch(holders_at(digests, at), '%S+') do
-      if holder ~= cache and number < MAX_HOLDERS then held, number = held .. ' ' .. holder, number + 1 end
+      if string.sub(holder, 1, #cache.name) ~= cache.name and number < MAX_HOLDERS then held, number = held .. ' ' .. holder, number + 1 end
     end
     held = string.sub(digests, at + SLOT_CHARS, at + DIGEST_CHARS - 1) .. ' ' .. held
     if warm[slot] ~= held then

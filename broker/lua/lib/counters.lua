@@ -4,6 +4,7 @@
 -- for what runs at a queue key, which has totals as well.
 -- uses: shard
 
+local COSTS = { ':0:cost', ':1:cost', ':2:cost', ':3:cost' } -- of what waits at a queue key, by band
 local CHUNK = 1000 -- Lua passes 8000 arguments at most. Even: HSET takes pairs
 local changes = { budget = {}, counters = {} }
 local known = { budget = {}, counters = {} }
@@ -36,10 +37,15 @@ local function counter(hash, field)
   return known[hash][field] + (changes[hash][field] or 0)
 end
 
--- What waits at a queue key has become one job more (or less, with -1).
-local function count_waiting(key, by, cost)
+-- Which of the ``COSTS`` the jobs of a waiting stream count among: retried ones go first.
+local function cost_kind(queue)
+  return (string.match(queue, '^q:.*(:%d):[^:]*$') or ':0') .. ':cost'
+end
+
+-- What waits at a queue key, in one of its streams, has become one job more (or less, with -1).
+local function count_waiting(key, queue, by, cost)
   add('counters', key .. ':waiting', by)
-  add('counters', key .. ':cost', by * tonumber(cost))
+  add('counters', key .. cost_kind(queue), by * tonumber(cost))
 end
 
 local function waiting(key)
@@ -80,7 +86,7 @@ local function write_counters_and_return(reply)
       else
         gone[#gone + 1] = field
         local drained = string.match(field, '^(.*):waiting$')
-        for _, kind in ipairs(drained and { ':turn', ':cost', ':wait' } or {}) do gone[#gone + 1] = drained .. kind end
+        for _, kind in ipairs(drained and { ':turn', ':wait', unpack(COSTS) } or {}) do gone[#gone + 1] = drained .. kind end
       end
     end
     write_in_chunks('HSET', P .. hash, set)

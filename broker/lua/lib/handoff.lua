@@ -12,11 +12,11 @@ local takers, takers_at = {}, {}
 -- The worker behind a session that offers slots; false if it does not any more.
 local function taker(session_id)
   if takers[session_id] == nil then
-    local claimed = call('HMGET', P .. 'claimed:' .. session_id, 'free', 'given', 'parked', 'stands_until', 'cache', 'slots')
+    local claimed = call('HMGET', P .. 'claimed:' .. session_id, 'free', 'given', 'region', 'stands_until', 'cache', 'slots')
     local free = tonumber(claimed[1] or 0)
     takers[session_id] = (free > 0 or claimed[4])
-      and { id = session_id, free = free, given = tonumber(claimed[2] or 0), parked = claimed[3], stands = claimed[4],
-        cache = session_id .. '#' .. (claimed[5] or ''), slots = tonumber(claimed[6] or 0), here = 0, keys = {} }
+      and { id = session_id, free = free, given = tonumber(claimed[2] or 0), region = claimed[3] or '', stands = claimed[4],
+        cache = cache_of(session_id, claimed[5] or '0'), slots = tonumber(claimed[6] or 0), here = 0, keys = {} }
   end
   return takers[session_id]
 end
@@ -51,7 +51,7 @@ local function warmest(key, digests, best)
   local held, passed = match_prefix(digests, MAX_DIGESTS)
   for session_id in string.gmatch(held or '', '(%S+)#%d*') do
     local holder = taker(session_id)
-    if holder and holder.free > 0 and is_holder(held, holder.cache) and is_holder(holder.parked, key) and room(holder) > most
+    if holder and holder.free > 0 and is_holder(held, holder.cache) and call('ZSCORE', P .. 'offers:' .. key, holder.id) and room(holder) > most
       and 2 * #digests * (room(holder) + 1) > room(best) * (#digests + passed * DIGEST_CHARS) then
       found, most = holder, room(holder)
     end
@@ -77,7 +77,7 @@ local function hand_over(key, id, envelope, aid, ttl_ms, digests)
     if to.free == 0 and to.stands then
       call('HSET', P .. 'claimed:' .. to.id, 'full', '1')
     elseif to.free == 0 then
-      unpark(to.id, to.parked)
+      unpark(to.id, call('HGET', P .. 'claimed:' .. to.id, 'parked'))
     end
     if entry then return to, entry end
     to = favourite(key, digests)

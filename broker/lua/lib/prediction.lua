@@ -1,13 +1,23 @@
 -- How long a job will wait: what is thought to go before it, at the pace of late, over the slots that are taken now.
--- ``scheduling/prediction.py`` says the same, and why.
--- uses: records, counters, fairness
+-- ``scheduling/prediction.py`` says the same, and why; ``prediction_rules`` brings its constants.
+-- uses: records, counters, fairness, prediction_rules
 -- rarely: predicted_wait
 
-local KINDS = { ':waiting', ':cost', ':leased', ':ran', ':ran_ms', ':ran_cost' }
+local KINDS = { ':waiting', ':leased', ':ran', ':ran_ms', ':ran_cost', unpack(COSTS) }
 local LANES = { 'interactive', 'background', 'batch' }
-local KNOWN_JOBS, LANE_CYCLE, MAX_WAIT_MS = 8, 16, 1e10
 local is_pool_read = {}
 local own_jobs = {} -- by waiting stream: how many wait there, as far as this call has asked
+
+-- What waits at a queue key costs in all, before a band, within it, and in how many bands behind it something waits.
+local function costs_around(key, band)
+  local all, before, within, behind = 0, 0, 0, 0
+  for i, kind in ipairs(COSTS) do
+    local cost, off = counter('counters', key .. kind), i - 1 - band
+    all, before, within = all + cost, off < 0 and before + cost or before, off == 0 and cost or within
+    if off > 0 and cost > 0 then behind = behind + 1 end
+  end
+  return all, before, within, behind
+end
 
 -- Of a job that comes to its queue key now, or before which ``own`` of its stream wait: the ms until it starts, nil if too
 -- little was seen or nothing runs; and how many jobs go before it.
@@ -27,22 +37,29 @@ local function predicted_wait(job, own)
     if lane == lane_of then
       is_above = false
     elseif is_above then
-      ahead, jobs = ahead + counter('counters', at .. ':cost'), jobs + waiting(at)
+      ahead, jobs = ahead + costs_around(at, 0), jobs + waiting(at)
     elseif waiting(at) > 0 then
       below = below + 1
     end
   end
-  local at = queue_key(job)
-  local in_lane, tenants, of_band = waiting(at), 1, at .. ':' .. job.band
-  local queue = job.queue ~= '' and job.queue or 'q:' .. of_band .. ':' .. job.tenant
-  if in_lane > 0 and string.sub(queue, 1, 2) == 'q:' then
-    own = own or own_jobs[queue] or call('XLEN', P .. queue)
-    own_jobs[queue], tenants = own, tenants_waiting(of_band)
+  local at, is_new = queue_key(job), string.sub(job.queue, 1, 2) == 'q:' or job.queue == ''
+  local in_lane, tenants, band = waiting(at), 1, is_new and job.band or '0'
+  local all, before, within, behind = costs_around(at, tonumber(band))
+  if in_lane > 0 and all > 0 then
+    if is_new then
+      local of_band = at .. ':' .. band
+      local queue = 'q:' .. of_band .. ':' .. job.tenant
+      own = own or own_jobs[queue] or call('XLEN', P .. queue)
+      own_jobs[queue], tenants = own, tenants_waiting(of_band)
+    end
+    local mean = all / in_lane
+    within = math.min((own or 0) * tenants * mean, within)
+    within = (within + math.min(before, (within + mean) * (BAND_CYCLE - 1))) * BAND_CYCLE / (BAND_CYCLE - behind)
+    within = math.min(within, all)
+    ahead, jobs = ahead + within, jobs + math.floor(within / mean + 0.5)
   end
-  local before = math.min((own or 0) * tenants, in_lane)
-  if in_lane > 0 then ahead = ahead + counter('counters', at .. ':cost') * before / in_lane end
-  if sums[':ran'] < KNOWN_JOBS or sums[':ran_cost'] < 1 or sums[':leased'] < 1 then return nil, jobs + before end
+  if sums[':ran'] < KNOWN_JOBS or sums[':ran_cost'] < 1 or sums[':leased'] < 1 then return nil, jobs end
   local pace, half = sums[':ran_ms'] / sums[':ran_cost'], sums[':ran_ms'] / sums[':ran'] / 2
   local wait = (ahead * pace * LANE_CYCLE / (LANE_CYCLE - below) + half) / sums[':leased']
-  return math.floor(math.max(0, math.min(wait, MAX_WAIT_MS))), jobs + before
+  return math.floor(math.max(0, math.min(wait, MAX_WAIT_MS))), jobs
 end

@@ -18,10 +18,10 @@ local function mark(job, command, ...)
   for _, set in ipairs({ sets, region and sets .. region }) do call(command, set, ...) end
 end
 
--- ``region``: ``@<region>`` of the worker, or ''. The job's record has to be saved.
+-- ``region``: of the worker, or ''. The job's record has to be saved.
 local function note_start(job, now, region)
   if yields_left(job) == 0 or is_suspect(job) then return end
-  job.resume = string.match(job.resume, '^y%d+') .. region
+  job.resume = string.match(job.resume, '^y%d+') .. (region == '' and '' or '@' .. region)
   mark(job, 'ZADD', int(now), job.id)
 end
 

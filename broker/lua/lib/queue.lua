@@ -17,7 +17,7 @@ end
 -- Takes a queued job's entry out of its waiting stream. ``stands``: where its tenant stands, if it was charged.
 local function leave_queue(job, stands)
   local _, empty = delete_entry(job.queue, job.entry)
-  count_waiting(queue_key(job), -1, job.cost)
+  count_waiting(queue_key(job), job.queue, -1, job.cost)
   if string.sub(job.queue, 1, 2) == 'q:' then move(queue_key(job) .. ':' .. job.band, job.tenant, stands, empty) end
 end
 
@@ -26,7 +26,7 @@ local function drop_entry(queue, entry)
   if not delete_entry(queue, entry[1]) then return end
   local key = string.match(queue, '^q:(.*):%d:[^:]*$') or string.match(queue, '^%a+:(.*)$')
   local tenant, size, cost = string.match(entry[2][4] or '', '^(%S+) (%d+) (%d+)$')
-  count_waiting(key, -1, cost or 0)
+  count_waiting(key, queue, -1, cost or 0)
   if tenant then spend(string.match(key, '^[^:]*'), tenant, -1, -tonumber(size)) end
 end
 
@@ -39,7 +39,7 @@ end
 
 -- Puts a job at the end of its queue, with more fields beside; its record has to be saved.
 local function add_entry(job, ...)
-  count_waiting(queue_key(job), 1, job.cost)
+  count_waiting(queue_key(job), job.queue, 1, job.cost)
   lengths[job.queue] = nil
   job.entry = call('XADD', P .. job.queue, '*', 'id', job.id, 'of', job.tenant .. ' ' .. job.size .. ' ' .. job.cost, ...)
 end

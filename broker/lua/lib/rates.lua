@@ -1,9 +1,7 @@
 -- How fast jobs are served, in ``counters`` by pool and lane: ``ran`` jobs (at most RATE_JOBS), the ms for which these had
 -- a slot (``ran_ms``) and what they were thought to cost (``ran_cost``). Older ones fade by 1 in RATE_JOBS with each new
 -- one, and with each FADE_MS that pass until it comes (``ran_at``). ``scheduling/prediction.py`` says the same, and why.
--- uses: records, counters
-
-local RATE_JOBS, FADE_MS, KNOWN_JOBS = 64, 10000, 8
+-- uses: records, counters, prediction_rules
 
 local function observe(job, run_ms)
   if not run_ms then return end

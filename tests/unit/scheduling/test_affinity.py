@@ -18,6 +18,7 @@ from scheduling.affinity import (
     WarmTable,
     adapter_digest,
     choose,
+    holds,
     patience_ms,
     prefix_digests,
     request_affinity,
@@ -141,6 +142,21 @@ def test_the_latest_holders_are_remembered() -> None:
     assert len(found.holders) == MAX_HOLDERS
 
 
+def test_a_cache_is_remembered_once() -> None:
+    """Under the number that it had last."""
+    table, digest = WarmTable(), "0" * DIGEST_CHARS
+    for cache in ("a#1", "b#7", "a#2"):
+        table.remember(digest, cache)
+    found = table.match(digest)
+    assert found is not None
+    assert found.holders == ("a#2", "b#7")
+
+
+def test_a_cache_holds_what_it_was_leased_under_its_last_two_numbers() -> None:
+    assert [holds(("a#4", "b#6"), f"a#{number}") for number in (4, 5, 6)] == [True, True, False]
+    assert not holds(("a#4",), "b#4")
+
+
 def test_a_digest_in_the_slot_of_another_replaces_it() -> None:
     """The table never has more slots than digests have beginnings, whatever is sent."""
     table = WarmTable()
@@ -164,13 +180,13 @@ def test_the_more_is_warm_the_more_load_is_accepted(passed: int, free: int, most
 def test_a_worker_takes_what_is_warm_here_then_what_is_warm_nowhere() -> None:
     table = WarmTable()
     mine, theirs, new = "m" * DIGEST_CHARS, "t" * DIGEST_CHARS, "n" * DIGEST_CHARS
-    table.remember(mine, "here")
-    table.remember(theirs, "there")
-    assert choose(table, [theirs, new, mine], "here") == 2
-    assert choose(table, [theirs, theirs, new], "here") == 2
-    assert choose(table, [theirs, ""], "here") == 1
-    assert choose(table, [theirs, theirs], "here") == 0
-    assert choose(table, [theirs] * LOOKAHEAD + [mine], "here") == 0
+    table.remember(mine, "here#0")
+    table.remember(theirs, "there#0")
+    assert choose(table, [theirs, new, mine], "here#0") == 2
+    assert choose(table, [theirs, theirs, new], "here#0") == 2
+    assert choose(table, [theirs, ""], "here#0") == 1
+    assert choose(table, [theirs, theirs], "here#0") == 0
+    assert choose(table, [theirs] * LOOKAHEAD + [mine], "here#0") == 0
 
 
 def test_patience_is_the_longest_wait_of_late() -> None:

@@ -1,4 +1,5 @@
-"""How fast jobs were served of late: newer ones count more, and age takes weight, not the mean."""
+"""How fast jobs were served of late: newer ones count more, and age takes weight, not the mean. And what goes before a
+job that waits."""
 
 from __future__ import annotations
 
@@ -6,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduling.prediction import FADE_MS, KNOWN_JOBS, RATE_JOBS, Rate
+from queue_schemas.lanes import BAND_CYCLE, BANDS, Lane, band_order
+from scheduling.prediction import FADE_MS, KNOWN_JOBS, RATE_JOBS, LaneState, Rate, place_of
 
 
 def served(rate: Rate, jobs: int, run_ms: int, at_ms: int) -> Rate:
@@ -45,3 +47,43 @@ def test_a_mean_lies_between_what_was_seen(jobs: list[tuple[int, int, int]]) -> 
         assert rate.ms_per_job is not None
         runs = [one for one, *_ in jobs]
         assert min(runs) - 2 <= rate.ms_per_job <= max(runs) + 2
+
+
+def jobs_ahead(bands: list[int], band: int, cost: int = 10) -> int | None:
+    """Of the last of those that wait in ``band``, by one tenant."""
+    costs = tuple(cost * bands.count(one) for one in range(BANDS))
+    state = LaneState(len(bands), costs, 1, served(Rate(), KNOWN_JOBS, 100, 0))
+    return place_of({Lane.INTERACTIVE: state}, Lane.INTERACTIVE, band, max(bands.count(band) - 1, 0), 1).jobs_ahead
+
+
+def served_at(bands: list[int]) -> dict[int, int]:
+    """When the last job of each band is claimed, by the order of bands."""
+    left, ends = {band: bands.count(band) for band in range(BANDS)}, {}
+    for turn in range(len(bands)):
+        band = next(one for one in band_order(turn) if left[one])
+        left[band] -= 1
+        ends[band] = turn
+    return ends
+
+
+@given(st.lists(st.integers(0, BANDS - 1), min_size=1, max_size=400))
+def test_the_bands_before_go_first_but_for_turns(bands: list[int]) -> None:
+    """Within a cycle and a tenth of what claims do."""
+    for band, turn in served_at(bands).items():
+        ahead = jobs_ahead(bands, band)
+        assert ahead is not None
+        assert abs(ahead - turn) <= BAND_CYCLE + 0.1 * turn
+
+
+def test_a_job_behind_a_flood_of_urgent_ones_waits_for_its_turn() -> None:
+    """It is the first of its band: it has every twelfth claim."""
+    assert jobs_ahead([0] * 5, 2) == jobs_ahead([0] * 5, 3) == 5
+    assert jobs_ahead([0] * 5_000 + [2], 2) == BAND_CYCLE - 1
+    assert jobs_ahead([0] * 5_000 + [2] * 11, 2) == pytest.approx(11 * BAND_CYCLE, abs=BAND_CYCLE)
+    assert jobs_ahead([3] * 5_000 + [2], 2) == 0
+
+
+def test_a_lane_that_says_nothing_of_its_cost_is_not_divided_by() -> None:
+    """As counters that were lost may."""
+    state = LaneState(5, (0,) * BANDS, 1, served(Rate(), KNOWN_JOBS, 100, 0))
+    assert place_of({Lane.BATCH: state}, Lane.BATCH, 2, 5, 1).jobs_ahead == 0

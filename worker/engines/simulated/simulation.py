@@ -187,6 +187,8 @@ class Simulation:
     def metrics(self) -> bytes:
         """Prometheus text under vLLM's names, and ``simulation:failures_total``."""
         engine, cache = self._engine, self._cache
+        blocks, tokens = self.settings.prefix_cache_blocks, self.settings.block_tokens
+        config = f'block_size="{tokens}",enable_prefix_caching="{blocks > 0}",num_gpu_blocks="{blocks}"'
         samples: dict[str, float] = {
             "vllm:num_requests_running": engine.slots.running,
             "vllm:num_requests_waiting": engine.slots.waiting,
@@ -195,6 +197,7 @@ class Simulation:
             "vllm:num_preemptions_total": engine.slots.preemptions,
             "vllm:prefix_cache_queries_total": cache.queried_tokens,
             "vllm:prefix_cache_hits_total": cache.hit_tokens,
+            f"vllm:cache_config_info{{{config}}}": 1,
             "vllm:prompt_tokens_total": engine.prompt_tokens,
             "vllm:generation_tokens_total": engine.generated_tokens,
         }

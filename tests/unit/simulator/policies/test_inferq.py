@@ -136,7 +136,7 @@ def test_a_warm_request_overtakes_until_the_first_has_waited_too_long() -> None:
 
 def test_a_batch_yields_to_an_interactive_request_and_goes_on_first() -> None:
     """The attempt that began last is stopped; it waits before new requests of its lane."""
-    fabric = Fabric(4, rules=QueueRules(max_yields=1))
+    fabric = Fabric(4, rules=QueueRules(affinity=False, max_yields=1))
     batch = [fabric.arrive(Lane.BATCH) for _ in range(4)]
     waiting = fabric.arrive(Lane.BATCH)
     urgent = fabric.arrive()

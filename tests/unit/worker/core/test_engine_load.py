@@ -22,19 +22,46 @@ vllm:prefix_cache_queries_total{engine="0",model_name="org/m{}el"} 5.052943e+06
 vllm:prefix_cache_queries_created{engine="0",model_name="org/m{}el"} 1.7e+09
 vllm:prefix_cache_hits_total{engine="0",model_name="org/m{}el"} 120000.0
 vllm:num_preemptions_total{engine="0",model_name="org/m{}el"} 1.0
+vllm:external_prefix_cache_queries_total{engine="0",model_name="org/m{}el"} 0.0
+vllm:generation_tokens_total{engine="0",model_name="org/m{}el"} 777.0
+vllm:cache_config_info{block_size="16",cache_dtype="auto",enable_prefix_caching="True",engine="0",num_gpu_blocks="1000",\
+num_gpu_blocks_override="None",user_specified_block_size="False"} 1.0
 vllm:time_to_first_token_seconds_bucket{engine="0",le="0.5",model_name="org/m{}el"} 3.0
-"""
+""".replace(b"\\\n", b"")
 
 
 def test_vllms_page_is_read() -> None:
     """Requests that wait for something else than room are not counted as waiting."""
-    assert read_load(PAGE) == EngineLoad(3, 12, 0.4567, 1, 5_052_943, 120_000)
+    assert read_load(PAGE) == EngineLoad(3, 12, 0.4567, 1, 5_052_943, 120_000, 777, 16_000)
 
 
 def test_older_names_are_read() -> None:
     """Of vLLM before 0.11, also without labels and with CRLF."""
     page = b"vllm:num_requests_waiting 1\r\nvllm:gpu_cache_usage_perc 0.5\r\nvllm:gpu_prefix_cache_hits_total 7\r\n"
     assert read_load(page) == EngineLoad(1, None, 0.5, None, None, 7)
+
+
+@pytest.mark.parametrize(
+    ("lines", "tokens"),
+    [
+        (['cache_config_info{enable_prefix_caching="False",block_size="16",num_gpu_blocks="9"} 1'], 0),
+        (['cache_config_info{block_size="16",num_gpu_blocks="None",num_gpu_blocks_override="9"} 1'], None),
+        (['cache_config_info{block_size="16",num_gpu_blocks="999999999999999"} 1'], None),
+        (["cache_config_info 1"], None),
+        (['cache_config_info{block_size="16",num_gpu_blocks="9"} 1'] * 2, 288),
+        (
+            [
+                'cache_config_info{block_size="16",num_gpu_blocks="9"} 1',
+                "external_prefix_cache_queries_total 70",
+            ],
+            None,
+        ),
+    ],
+)
+def test_what_a_cache_holds_is_read(lines: list[str], tokens: int | None) -> None:
+    """Nothing if it is off; unknown where its engine does not say, or has another cache behind it."""
+    page = "".join(f"vllm:{line}\n" for line in ["num_requests_waiting 1", *lines]).encode()
+    assert read_load(page) == EngineLoad(1, cache_tokens=tokens)
 
 
 def test_engine_cores_are_added_up() -> None:

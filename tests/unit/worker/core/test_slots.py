@@ -9,6 +9,7 @@ from hypothesis.strategies import DataObject, data, floats, integers, sampled_fr
 
 from queue_schemas import LANES, Assignment, Claimed, Lane, Lease, PoolAssignment
 from queue_schemas.lanes import LANE_CYCLE, lane_order
+from scheduling.cache_age import GENERATIONS
 from tests.support.queue import make_job
 from worker.core import Claim, Slots
 from worker.core.slots import MAX_CLAIM, PARK_AGAIN_S, RETRY_APART_S, RETRY_MARGIN_S
@@ -539,4 +540,4 @@ def test_an_engine_that_stopped_begins_with_an_empty_cache() -> None:
     slots.engine_is(ready=True)
     again = slots.next_claim(0, 30.0)
     assert again is not None
-    assert again.cache == 1
+    assert again.cache == GENERATIONS

@@ -1,4 +1,4 @@
-"""Keep a session's slots at what its engine takes: read the engine's load, decide, tell the session."""
+"""Follow the engine's load: keep a session's slots at what it takes, and number its prefix cache as that forgets."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import NoReturn
 
+from scheduling.cache_age import CacheAge, next_age
 from scheduling.slots import EngineLoad, SlotBounds, asks_now, first_state, next_state
 from telemetry import get_logger
 
@@ -15,9 +16,9 @@ from .engines import Engine
 log = get_logger(__name__)
 
 
-class SlotLimit:
+class LoadMonitor:
     """Changes ``slots.total`` within ``bounds`` by the load of ``engine``, read every ``interval_s``, and calls
-    ``changed`` when it did. With an interval of 0 it never asks."""
+    ``changed`` when it did; raises ``slots.cache``. With an interval of 0 it never asks."""
 
     def __init__(
         self, engine: Engine, slots: Slots, bounds: SlotBounds, interval_s: float, changed: Callable[[], None]
@@ -28,6 +29,7 @@ class SlotLimit:
         self._interval_s = interval_s
         self._changed = changed
         self._state = first_state(bounds)
+        self._age = CacheAge()
         self.load: EngineLoad | None = None
         """The last reading; None if the engine tells none now."""
 
@@ -46,6 +48,8 @@ class SlotLimit:
     async def _adapt(self) -> None:
         slots = self._slots
         self.load = await self._engine.load()
+        self._age, rises = next_age(self._age, self.load)
+        slots.cache += rises
         self._state = next_state(self._state, self._bounds, self.load, busy=slots.busy, all_in_use=slots.all_in_use)
         if (limit := self._state.limit) == slots.total:
             return
