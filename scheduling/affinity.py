@@ -164,14 +164,16 @@ def holds(holders: Sequence[str], cache: str) -> bool:
     return cache in holders or f"{name}#{int(number) - 1}" in holders
 
 
-def takes_warm(match: Match, free: int, most_free: int) -> bool:
-    """Whether a worker with ``free`` slots that holds ``match`` is preferred to the one with the ``most_free``.
+def takes_warm(match: Match, free: int, capacity: int, most_free: int, of_most: int) -> bool:
+    """Whether a worker that could run ``free`` of its ``capacity`` more, and holds ``match``, is preferred to the one
+    with the lowest load, which could run ``most_free`` of ``of_most`` more.
 
     The bound on its load, as in consistent hashing with bounded loads (Mirrokni, Thorup, Zadimoghaddam, SODA 2018),
     here in free slots, rounded in the worker's favour: half as many suffice for the longest prefix, all but one must be
     free for a short part of it.
     """
-    return free > 0 and 2 * match.total * (free + 1) > most_free * (match.total + match.passed)
+    here, best = 2 * match.total * (free + 1) * of_most, most_free * (match.total + match.passed) * capacity
+    return free > 0 and here > best
 
 
 def choose(table: WarmTable, waiting: Sequence[str], cache: str) -> int:

@@ -15,6 +15,8 @@ A worker asks its engine about once a second (:func:`asks_now`), calls :func:`ne
   grows by one, then by twice as much each time, at most by a quarter. After a decrease it waits, twice as long after
   each that follows (additive increase and multiplicative decrease: Chiu and Jain, 1989; the doubling start: Jacobson,
   1988).
+* **At first, by doubling.** Until the first sign of overload it grows to twice as much each time, if the KV cache has
+  room for that (slow start: Jacobson, 1988): the setting is a guess, and what a new worker does not take waits.
 * **Back, by doubling.** Below the setting, with slots free, a limit binds nobody: what lowered it is over, as where one
   long prompt took all of an engine's steps. It doubles, up to the setting: a worker with few slots is handed little,
   and what its cache holds would be computed elsewhere meanwhile.
@@ -90,6 +92,10 @@ class SlotState:
     """Whether it grew, and no clean readings followed yet."""
     missed: int = 0
     """Readings in a row that are missing."""
+    told: bool = False
+    """Whether the engine has told its load."""
+    overloaded: bool = False
+    """Whether that was ever too much."""
     waiting: int = 0
     """What the last reading said was waiting."""
     preemptions: int | None = None
@@ -99,6 +105,12 @@ class SlotState:
 def first_state(bounds: SlotBounds) -> SlotState:
     """The state before the first reading: the setting."""
     return SlotState(bounds.setting)
+
+
+def capacity_of(state: SlotState, bounds: SlotBounds) -> int:
+    """How many requests the engine is thought to run at once: what it was given when that was too much; before that,
+    as many as it may be given. Without readings nothing but the limit is known."""
+    return bounds.maximum if state.told and not state.overloaded else state.limit
 
 
 def asks_now(state: SlotState, bounds: SlotBounds, *, busy: int, passed: int) -> bool:
@@ -121,6 +133,7 @@ def next_state(
         state,
         hold=max(state.hold - 1, 0),
         missed=0,
+        told=True,
         waiting=load.waiting,
         preemptions=load.preemptions if load.preemptions is not None else state.preemptions,
     )
@@ -131,7 +144,8 @@ def next_state(
     wanted = all_in_use or state.limit < bounds.setting
     if not wanted or load.waiting or (load.kv_usage or 0.0) >= KV_ROOM:
         return replace(seen, clean=0)
-    return _grown(replace(seen, clean=state.clean + 1), bounds, all_in_use=all_in_use)
+    may_double = not state.overloaded and load.kv_usage is not None and 2 * load.kv_usage < KV_ROOM
+    return _grown(replace(seen, clean=state.clean + 1), bounds, all_in_use=all_in_use, may_double=may_double)
 
 
 def _overload_target(state: SlotState, load: EngineLoad, busy: int) -> int | None:
@@ -154,12 +168,14 @@ def _overload_target(state: SlotState, load: EngineLoad, busy: int) -> int | Non
 def _shrunk(state: SlotState, target: int) -> SlotState:
     limit = max(min(state.limit, target), 1)
     if limit == state.limit:
-        return replace(state, clean=0)
+        return replace(state, clean=0, overloaded=True)
     backoff = min(state.backoff + 1, MAX_BACKOFF)
-    return replace(state, limit=limit, step=1, clean=0, hold=1 << backoff, backoff=backoff, unproven=False)
+    return replace(
+        state, limit=limit, step=1, clean=0, hold=1 << backoff, backoff=backoff, unproven=False, overloaded=True
+    )
 
 
-def _grown(state: SlotState, bounds: SlotBounds, *, all_in_use: bool) -> SlotState:
+def _grown(state: SlotState, bounds: SlotBounds, *, all_in_use: bool, may_double: bool) -> SlotState:
     if state.clean < CLEAN_READINGS:
         return state
     if state.unproven:
@@ -168,6 +184,6 @@ def _grown(state: SlotState, bounds: SlotBounds, *, all_in_use: bool) -> SlotSta
         return state
     if state.limit < bounds.setting and not all_in_use:
         return replace(state, limit=min(2 * state.limit, bounds.setting), clean=0, unproven=True)
-    step = min(state.step, max(state.limit // 4, 1))
+    step = state.limit if may_double else min(state.step, max(state.limit // 4, 1))
     limit = min(state.limit + step, bounds.maximum)
     return replace(state, limit=limit, step=2 * step, clean=0, unproven=True)

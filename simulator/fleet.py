@@ -14,12 +14,14 @@ from .engines import Engine, EngineProfile
 class Worker:
     """One worker beside its engine. ``running`` are the requests that were sent to it; ``turn`` counts its claims."""
 
-    __slots__ = ("asked_at", "cache", "engine", "leaving", "number", "ready", "running", "slots", "turn")
+    __slots__ = ("asked_at", "cache", "capacity", "engine", "leaving", "number", "ready", "running", "slots", "turn")
 
     def __init__(self, number: int, engine: Engine, slots: int, asked_at: float) -> None:
         self.number = number
         self.engine = engine
         self.slots = slots
+        self.capacity = slots
+        """How many requests it is thought to run at once."""
         self.asked_at = asked_at
         self.ready = False
         self.leaving = False

@@ -129,7 +129,8 @@ class ShardConsumer:
         try:
             return await self._broker.workers.claim(
                 claim.shard, self._session_id, claim.seq, claim.turn, claim.n, claim.pools, region,
-                offer=claim.offer, received=claim.received, cache=claim.cache, slots=claim.slots,
+                offer=claim.offer, received=claim.received,
+                cache=claim.cache, slots=claim.slots, capacity=claim.capacity,
             )  # fmt: skip
         except Fenced:
             raise

@@ -1,7 +1,8 @@
 -- Leases up to n jobs to a worker, or parks it.
 -- ARGV: prefix, session id, seq, turn, n, offer (jobs that may be handed to the worker while it is parked, those of this
 --       claim included), received (jobs handed to it so far, as it counts), attempt id base, park_ms, region ('' for none),
---       number of the engine's cache in this session (it rises as that forgets), slots in all, then pairs: pool, lanes (comma separated).
+--       number of the engine's cache in this session (it rises as that forgets), slots in all,
+--       how many jobs it is thought to run at once, then pairs: pool, lanes (comma separated).
 -- Reply: {'fenced'} if the session was declared dead (or never joined); else {'ok', parked (1 or 0), jobs handed to it so
 --       far, jobs that may be handed to it still, job, ...}, each job {id, envelope, epoch, attempt id, attempt,
 --       remaining_ms, waited_ms, suspect (1 or 0), predicted wait as it came (ms, or '')}. With fewer than n jobs the worker
@@ -58,7 +59,7 @@ end
 
 -- ``shared_keys``: the queue keys without a region that the worker serves; ``local_keys``: these and its own region's.
 local pools, shared_keys, local_keys, depths = {}, {}, {}, {}
-for i = 13, #ARGV, 2 do
+for i = 14, #ARGV, 2 do
   pools[#pools + 1] = ARGV[i]
   for lane in string.gmatch(ARGV[i + 1], '[^,]+') do
     local key = ARGV[i] .. ':' .. lane
@@ -216,7 +217,7 @@ elseif #held < wanted then
   if last[3] ~= parked_at or free == 0 then unpark(session_id, last[3]) end
   for _, key in ipairs(stands and {} or local_keys) do
     call('ZADD', P .. 'parked:' .. key, int(now + park_ms), session_id)
-    if free > 0 then call('ZADD', P .. 'offers:' .. key, int(-free), session_id) end
+    if free > 0 then call('ZADD', P .. 'offers:' .. key, exact((tonumber(ARGV[12]) - free) / math.max(tonumber(ARGV[13]), 1)), session_id) end
   end
   if not stands and free > 0 and #local_keys >= MANY_QUEUES then
     call('HSET', claimed_key, 'stands_until', int(now + park_ms / 2))
@@ -231,5 +232,5 @@ answer[2], answer[4] = parked_at and 1 or 0, free
 local more = parked_at and { 'parked', parked_at } or {}
 if region ~= '' then more[#more + 1], more[#more + 2] = 'region', region end
 call('HSET', claimed_key, 'seq', seq, 'jobs', table.concat(held, ' '), 'free', int(free), 'cache', ARGV[11], 'slots', ARGV[12],
-  unpack(more))
+  'capacity', ARGV[13], unpack(more))
 return write_counters_and_return(answer)

@@ -82,7 +82,7 @@ local function enqueue(budgets, id, envelope, pool, lane, band, tenant, reply, p
   if digests ~= '' then read('counters', { at .. ':wait', outcome .. 'warm', outcome .. 'cold' }) end
   if attempt_base ~= '' then owner, entry = hand_over(at, id, envelope, aid, ttl_ms, digests) end
   if not owner then
-    local is_free = waiting(at) == 0 and (most_free(at) or is_parked_at(at, now))
+    local is_free = waiting(at) == 0 and (least_loaded(at) or is_parked_at(at, now))
     if not is_free then job.predicted = predicted_wait(job) or '' end
     if patience ~= '' and not is_free and (patience == '0' or (tonumber(job.predicted) or 0) > tonumber(patience)) then
       return 'late ' .. job.predicted
@@ -96,7 +96,7 @@ local function enqueue(budgets, id, envelope, pool, lane, band, tenant, reply, p
     note_start(job, now, owner.region)
     remember(job, digests, owner.cache)
   else
-    local best = digests ~= '' and waiting(at) == 0 and most_free(at)
+    local best = digests ~= '' and waiting(at) == 0 and least_loaded(at)
     local preferred = best and warmest(at, digests, best)
     add_new_entry(job, digests)
     if own_jobs[job.queue] then own_jobs[job.queue] = own_jobs[job.queue] + 1 end

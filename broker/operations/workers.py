@@ -93,6 +93,7 @@ class Workers:
         received: int = 0,
         cache: int = 0,
         slots: int = 0,
+        capacity: int = 0,
     ) -> Claimed:
         """Up to ``n`` jobs of ``pools`` on ``shard``; with fewer than ``n`` the worker is parked until it is
         woken.
@@ -103,8 +104,10 @@ class Workers:
 
         A parked worker that makes an ``offer`` is handed new jobs without another claim, as control messages of kind
         ``JOB``: up to ``offer``, what this claim gives included. ``received`` is how many of these the session has
-        read on the shard: those on their way count among ``n``. ``cache`` rises when the engine lost its prefix
-        cache: what the session ran before is not warm any more. ``slots`` are the worker's in all, busy ones too.
+        read on the shard: those on their way count among ``n``. ``cache`` rises as the engine's prefix cache
+        forgets: what the session ran two numbers before is not warm any more. ``slots`` are the worker's in all, busy
+        ones too, ``capacity`` is how many it is thought to be able to run: jobs go to the worker of which the least
+        part is busy.
         Raises ``Fenced`` if the session was declared dead.
         """
         keys = self._keys[shard]
@@ -113,7 +116,7 @@ class Workers:
             wanted += (encode_name(pool), ",".join(lanes))
         reply = await self._caller.script(
             "claim", keys.budget, keys.prefix, session_id, seq, turn, n, offer, received, random_hex()[:12], PARK_MS,
-            encode_name(region), cache, slots, *wanted,
+            encode_name(region), cache, slots, capacity, *wanted,
         )  # fmt: skip
         if reply[0] == b"fenced":
             raise Fenced(f"{session_id} was declared dead: join again as a new session_id")

@@ -42,8 +42,8 @@ class BatchingEngine:
 
     __slots__ = (
         "_began_at", "_clock", "_done", "_ends", "_first_s", "_generated", "_growth_s", "_held", "_hits", "_kv",
-        "_leaving", "_listener", "_looked_up", "_plan_number", "_planned", "_preemptions", "_prefilled", "_profile",
-        "_prompts", "_running", "_waiting",
+        "_leaving", "_left", "_listener", "_looked_up", "_plan_number", "_planned", "_preemptions", "_prefilled",
+        "_profile", "_prompts", "_running", "_waiting",
     )  # fmt: skip
 
     def __init__(self, clock: Clock, profile: EngineProfile, kv: KvCache, listener: EngineListener) -> None:
@@ -52,6 +52,8 @@ class BatchingEngine:
         self._kv = kv
         self._listener = listener
         self._waiting: deque[Request] = deque()
+        self._left = 0
+        """How many of those found no room when the scheduler looked last."""
         self._prompts: deque[_Prompt] = deque()
         self._leaving: list[tuple[Request, Callable[[Request], None]]] = []
         """Those that are to be stopped after the step that is under way, and who hears of it."""
@@ -96,9 +98,10 @@ class BatchingEngine:
             self._end_soon()
 
     def load(self) -> EngineLoad:
-        """What its metrics would say now."""
+        """What its metrics would say now: vLLM counts what waits as its scheduler left it before the step under way
+        (``EngineCore.step`` takes in nothing meanwhile)."""
         return EngineLoad(
-            waiting=len(self._waiting),
+            waiting=min(self._left, len(self._waiting)),
             running=len(self._running) + len(self._prompts),
             kv_usage=(self._kv.used + len(self._running) * (self._begun() if self._planned else 0)) / self._kv.capacity,
             preemptions=self._preemptions,
@@ -111,6 +114,7 @@ class BatchingEngine:
     def _plan(self) -> None:
         """Begin the next stretch, if there is anything to do."""
         self._admit()
+        self._left = len(self._waiting)
         kv, running, profile = self._kv, self._running, self._profile
         while True:
             sequences = len(running)

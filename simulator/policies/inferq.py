@@ -1,8 +1,8 @@
 """inferq's queue: requests wait in one place, and workers pull what they have a slot for.
 
 Lanes and bands are claimed in the order that ``queue_schemas.lanes`` says, tenants take turns by tokens
-(``scheduling.fairness``). A request that comes while nothing waits before it is handed to the worker with the most free
-slots, as ``broker/lua/lib/handoff.lua`` does, or to one that holds its prefix (``scheduling.affinity``). Where an
+(``scheduling.fairness``). A request that comes while nothing waits before it is handed to the worker with the lowest
+load, as ``broker/lua/lib/handoff.lua`` does, or to one that holds its prefix (``scheduling.affinity``). Where an
 interactive request finds no free slot, another request yields (``scheduling.preemption``). Workers adapt their slots to
 their engines (``scheduling.slots``).
 """
@@ -17,7 +17,7 @@ from scheduling.cache_age import CacheAge, next_age
 from scheduling.cost import Usage, cost_of
 from scheduling.fairness import charge_of
 from scheduling.prediction import place_of
-from scheduling.slots import SlotBounds, SlotState, asks_now, first_state, next_state
+from scheduling.slots import SlotBounds, SlotState, asks_now, capacity_of, first_state, next_state
 
 from ..fleet import Worker
 from ..requests import Request
@@ -27,6 +27,8 @@ from .warmth import Warmth
 from .yielding import Yielding
 
 READ_ENGINE_S = 1.0
+LOAD_LEVELS = 512
+"""Workers are told apart by their load in such parts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +37,7 @@ class QueueRules:
 
     ``fairness``: tenants take turns by tokens over their ``weights`` (1 for others), else all are one. ``max_slots``:
     workers adapt their slots to their engines, up to so many; None: they keep them. ``max_yields``: how often a request
-    of a lower lane may yield; 0: none does. ``packs``: hand over to the worker with the fewest free slots, so that few
+    of a lower lane may yield; 0: none does. ``packs``: hand over to the worker with the highest load, so that few
     workers are busy; no real queue does.
     """
 
@@ -70,7 +72,7 @@ class PullQueue:
         self._readings: dict[Worker, _Reading] = {}
         self._free = LoadLevels()
         """Workers that have a free slot, by where new work is handed to first."""
-        self._sign = 1 if rules.packs else -1
+        self._sign = -1 if rules.packs else 1
 
     @property
     def waiting(self) -> int:
@@ -151,7 +153,7 @@ class PullQueue:
     def _offer(self, worker: Worker) -> None:
         """Have new work handed to ``worker`` as long as it has free slots."""
         if worker.running < worker.slots:
-            self._free.put(worker, self._sign * (worker.slots - worker.running))
+            self._free.put(worker, self._sign * LOAD_LEVELS * worker.running // worker.capacity)
         else:
             self._free.remove(worker)
 
@@ -171,6 +173,7 @@ class PullQueue:
         if self._rules.max_slots is None:
             return
         last.state = next_state(last.state, last.bounds, load, busy=busy, all_in_use=busy >= worker.slots)
+        worker.capacity = capacity_of(last.state, last.bounds)
         if last.state.limit != worker.slots:
             worker.slots = last.state.limit
             self._claim(worker)

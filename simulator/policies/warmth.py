@@ -45,11 +45,10 @@ class Warmth:
         return "".join(_digest(request.tenant, blocks[place]) for place in reversed(known))
 
     def warmest(self, digests: str, best: Worker) -> Worker:
-        """The worker that a request is handed to where nothing waits: ``best`` has the most free slots."""
+        """The worker that a request is handed to where nothing waits: ``best`` has the lowest load."""
         match = self._table.match(digests) if digests else None
         if match is None:
             return best
-        most_free = best.slots - best.running
         holders = (self._workers[holder.partition("#")[0]] for holder in match.holders)
         warm = [
             worker
@@ -57,9 +56,10 @@ class Warmth:
             if worker.ready
             and not worker.leaving
             and holds(match.holders, _cache(worker))
-            and takes_warm(match, worker.slots - worker.running, most_free)
+            and worker.running < worker.slots
+            and takes_warm(match, _room(worker), worker.capacity, _room(best), best.capacity)
         ]
-        return max(warm, key=lambda worker: worker.slots - worker.running, default=best)
+        return max(warm, key=_room, default=best)
 
     def remember(self, digests: str, worker: Worker) -> None:
         """A request with ``digests`` runs on ``worker``."""
@@ -71,6 +71,10 @@ class Warmth:
         """Which of the requests that wait, given as their digests in fair order, ``worker`` takes."""
         found: Sequence[str] = [digests for digests, _ in zip(waiting, range(LOOKAHEAD), strict=False)]
         return choose(self._table, found, _cache(worker))
+
+
+def _room(worker: Worker) -> int:
+    return worker.capacity - worker.running
 
 
 def _cache(worker: Worker) -> str:

@@ -221,12 +221,13 @@ class QueueMachine(RuleBasedStateMachine):
         unread=st.integers(0, 2),
         served=st.sampled_from(SERVED),
         cache=st.sampled_from((0, 0, 0, 1, 2)),
+        capacity=st.sampled_from((SLOTS, SLOTS, 3 * SLOTS)),
     )
-    def claim(self, number: int, n: int, more: int, unread: int, served: Served, cache: int) -> None:
+    def claim(self, number: int, n: int, more: int, unread: int, served: Served, cache: int, capacity: int) -> None:
         """A worker asks for work, and offers to take more, or nothing, without asking. It has not read yet of the last
         jobs that it was handed. Its engine may have forgotten much, or all, since."""
         offer = n + more if n and more >= 0 else 0
-        self._claim(pick(self.workers, number), n, served, offer=offer, unread=unread, cache=cache)
+        self._claim(pick(self.workers, number), n, served, offer=offer, unread=unread, cache=cache, capacity=capacity)
 
     @rule(number=picks, offers=st.booleans())
     def claim_well(self, number: int, offers: bool) -> None:
@@ -234,13 +235,20 @@ class QueueMachine(RuleBasedStateMachine):
         self._claim(pick(self.workers, number), 4, SERVED[1], offer=4 * offers)
 
     def _claim(
-        self, worker: SessionId, n: int, served: Served, offer: int = 0, unread: int = 0, cache: int = 0
+        self,
+        worker: SessionId,
+        n: int,
+        served: Served,
+        offer: int = 0,
+        unread: int = 0,
+        cache: int = 0,
+        capacity: int = SLOTS,
     ) -> list[Lease]:
         self.seqs[worker] += 1
         run = self.model.runs.get(worker)
         received = max(run.handed_over - unread, 0) if run is not None else 0
         leases: list[Lease] = self.play(
-            "claim", worker, self.seqs[worker], self.turns[worker], n, served, offer, received, cache, SLOTS
+            "claim", worker, self.seqs[worker], self.turns[worker], n, served, offer, received, cache, SLOTS, capacity
         )
         self.turns[worker] += len(leases)
         return leases

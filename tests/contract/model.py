@@ -122,10 +122,10 @@ class Model:
         if job.persisted and job.idempotency_key:
             self.keys[key_digest(job)] = (job.id, request_digest(job))
         self.totals[(*place, "enqueued")] += 1
-        takers = {worker: self.runs[worker].offered for worker in self.offers[place]}
+        takers = {worker: self.runs[worker].load for worker in self.offers[place]}
         preferred = self._warmest(job, takers) if is_first else ""
         if takers and size <= MAX_HANDED_BYTES and is_first:
-            allowed = [preferred] if preferred else [w for w, free in takers.items() if free == max(takers.values())]
+            allowed = [preferred] if preferred else [w for w, load in takers.items() if load == min(takers.values())]
             require(taker in allowed, f"{job.id} was handed to {taker or 'nobody'}, should be to one of {allowed}")
             self._hand_over(live, taker, attempt_id)
             return State.QUEUED
@@ -140,19 +140,22 @@ class Model:
             self._ask_to_yield(place)
         return State.QUEUED
 
-    def _warmest(self, job: Job, takers: Mapping[str, int]) -> str:
+    def _warmest(self, job: Job, takers: Mapping[str, float]) -> str:
         """The worker that a job goes to for the prefix that it holds; '' if there is none, or it is loaded too much."""
         match = self.warm.match(job.affinity)
         known = [holder.partition("#")[0] for holder in match.holders] if match else []
         holders = [w for w in known if match and w in self.runs and holds(match.holders, self._cache(w))]
         best = max((w for w in holders if w in takers), key=self._room, default="")
-        freest = min(takers, key=lambda worker: (-takers[worker], worker), default="")
-        return best if best and match and takes_warm(match, self._room(best), self._room(freest)) else ""
+        if not best or match is None:
+            return ""
+        freest = min(takers, key=lambda worker: (takers[worker], worker))
+        sizes = [size for worker in (best, freest) for size in (self._room(worker), max(self.runs[worker].capacity, 1))]
+        return best if takes_warm(match, *sizes) else ""
 
     def _room(self, worker: str) -> int:
-        """The free slots of a worker: more than it offers, if jobs have ended since it claimed."""
+        """How many jobs more a worker could run: more than it offers, if jobs have ended since it claimed."""
         run = self.runs[worker]
-        return max(run.slots - len(self.held(worker)), run.offered)
+        return run.capacity - min(len(self.held(worker)), run.slots - run.offered)
 
     def _cache(self, worker: str) -> str:
         return f"{worker}#{self.runs[worker].cache}" if worker in self.runs else ""
@@ -251,6 +254,7 @@ class Model:
         received: int,
         cache: int,
         slots: int,
+        capacity: int,
         answer: Claimed,
         dropped: Mapping[str, State],
     ) -> None:
@@ -260,7 +264,7 @@ class Model:
             self._claim_again(worker, seq, given)
             require(not dropped, "a repeated claim ends no job")
         else:
-            run.cache, run.slots = cache, slots
+            run.cache, run.slots, run.capacity = cache, slots, capacity
             self._claim_anew(worker, turn, n, pools, offer, received, given, dropped)
             run.seq, run.given = seq, tuple((lease.job.id, lease.attempt_id) for lease in given)
         expected = (run.parked, run.handed_over, run.offered)

@@ -131,6 +131,13 @@ class Run:
     cache: int = 0
     """The number of its engine's prefix cache."""
     slots: int = 0
+    capacity: int = 0
+    """Jobs that it is thought to run at once."""
+
+    @property
+    def load(self) -> float:
+        """What part of it is busy."""
+        return (self.slots - self.offered) / max(self.capacity, 1)
 
 
 class DeadLetter(NamedTuple):

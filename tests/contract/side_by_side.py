@@ -193,9 +193,10 @@ class SideBySide:
         received: int,
         cache: int,
         slots: int,
+        capacity: int,
     ) -> list[Lease]:
         call = self.broker.workers.claim(
-            0, worker, seq, turn, n, pools, offer=offer, received=received, cache=cache, slots=slots
+            0, worker, seq, turn, n, pools, offer=offer, received=received, cache=cache, slots=slots, capacity=capacity
         )
         if self.model.is_fenced(worker):
             await self._is_refused(call, worker)
@@ -203,7 +204,7 @@ class SideBySide:
         claimed = await call
         states = {job_id: record[0] for job_id, record in read_snapshot(await self._look()).records.items()}
         dropped = {job_id: State(states[job_id]) for job_id in self.model.doomed() if states.get(job_id) in TERMINAL}
-        self.model.claim(worker, seq, turn, n, pools, offer, received, cache, slots, claimed, dropped)
+        self.model.claim(worker, seq, turn, n, pools, offer, received, cache, slots, capacity, claimed, dropped)
         for lease in claimed.leases:
             self.history.leased(lease, worker)
         return list(claimed.leases)

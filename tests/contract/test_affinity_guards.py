@@ -153,13 +153,16 @@ async def the_wait_is_forgotten_with_the_queue(scene: Scene) -> None:
     assert not await scene.client.hexists(KEYS.counters, f"{WAITS_AT}:wait")
 
 
-BOUND = "\n      and 2 * #digests * (room(holder) + 1) > room(best) * (#digests + passed * DIGEST_CHARS)"
+BOUND = (
+    "\n      and 2 * #digests * (room(holder) + 1) * math.max(best.capacity, 1)"
+    "\n      > room(best) * (#digests + passed * DIGEST_CHARS) * math.max(holder.capacity, 1)"
+)
 PROOF = "proof == string.sub(digests, at + SLOT_CHARS, at + DIGEST_CHARS - 1) and held or ''"
 GUARDS: list[tuple[Scenario, Rewrite]] = [
     (load_stays_within_the_bound, Rewrite("handoff", BOUND, "")),
     (
         slots_that_became_free_count,
-        Rewrite("handoff", "math.max(one.slots - one.leases - one.here, one.free)", "one.free"),
+        Rewrite("handoff", "math.min(one.leases + one.here, one.slots - one.free)", "(one.slots - one.free)"),
     ),
     (a_lost_cache_is_cold, Rewrite("handoff", "is_holder(held, holder.cache) and ", "")),
     (half_a_cache_is_warm, Rewrite("affinity", " or has_word(held, cache.before)", "")),

@@ -522,7 +522,10 @@ async def a_full_worker_frees_nothing(scene: Scene) -> None:
 GUARDS: list[tuple[Scenario, Rewrite]] = [
     (who_leaves_is_charged_for_what_was_said, Rewrite("cancel", "correct(job, used) end", "end")),
     (a_debt_is_not_forgotten, Rewrite("fairness", " or one.by > 0 and served[1]\n", "\n")),
-    (a_parked_worker_refuses_nobody, Rewrite("enqueue", "(most_free(at) or is_parked_at(at, now))", "most_free(at)")),
+    (
+        a_parked_worker_refuses_nobody,
+        Rewrite("enqueue", "(least_loaded(at) or is_parked_at(at, now))", "least_loaded(at)"),
+    ),
     (a_full_worker_frees_nothing, Rewrite("parking", "if not call('HGET', P .. 'claimed:' .. id, 'full') then", "do")),
     (who_would_wait_too_long_is_refused, Rewrite("enqueue", " > tonumber(patience)", " > 1e12")),
     (little_seen_refuses_nobody, Rewrite("prediction", "sums[':ran'] < KNOWN_JOBS or ", "")),

@@ -57,7 +57,7 @@ async def test_the_offer_bounds_what_is_handed_over(broker: Broker) -> None:
     assert [lease.job for lease in await worker.claim(1, offer=1)] == jobs[2:]
 
 
-async def test_the_worker_with_most_free_slots_is_handed_the_next_job(broker: Broker) -> None:
+async def test_the_worker_with_the_lowest_load_is_handed_the_next_job(broker: Broker) -> None:
     """So that load spreads."""
     small, large = await offering(broker, 1), await offering(broker, 3)
     for _ in range(2):
@@ -66,6 +66,21 @@ async def test_the_worker_with_most_free_slots_is_handed_the_next_job(broker: Br
     for _ in range(2):
         await broker.jobs.enqueue(make_job())
     assert (len(await small.handed()), len(await large.handed())) == (1, 1)
+
+
+async def test_workers_with_unlike_slots_are_loaded_alike(broker: Broker) -> None:
+    """By what part is busy of that which each could run: one that has grown to 8 slots is not preferred to one that has
+    2 and may grow as far, nor is one that could run 3 loaded like them."""
+    grown, new, small = [await Puller(broker).join() for _ in range(3)]
+    for worker, slots, capacity in ((grown, 8, 8), (new, 2, 8), (small, 3, 3)):
+        assert await worker.claim(slots, offer=slots, slots=slots, capacity=capacity) == []
+    for _ in range(5):
+        await broker.jobs.enqueue(make_job())
+    assert sorted([len(await worker.handed()) for worker in (grown, new)]) == [2, 2]
+    assert len(await small.handed()) == 1
+    for _ in range(4):
+        await broker.jobs.enqueue(make_job())
+    assert (len(await grown.handed()), len(await new.handed()), len(await small.handed())) == (3, 0, 1)
 
 
 async def test_nothing_is_handed_over_past_a_job_that_waits(broker: Broker) -> None:

@@ -554,7 +554,7 @@ async def test_without_regions_the_keys_are_what_they_were(backend: Backend, bro
     fields = {field.decode() for field in await client.hkeys(KEYS.job(jobs[0].id))}
     assert fields - {"handed_back"} == {"env", "record"}
     assert {field.decode() for field in await client.hkeys(KEYS.claimed(worker.session_id))} == {
-        "seq", "jobs", "parked", "free", "cache", "slots",
+        "seq", "jobs", "parked", "free", "cache", "slots", "capacity",
     }  # fmt: skip
     counted = {field.decode() for field in await client.hkeys(KEYS.counters)}
     assert counted == {f"{where}:{what}" for what in ("leased", "enqueued", "requeued", "affinity/none")}

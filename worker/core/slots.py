@@ -47,8 +47,8 @@ Pools = tuple[tuple[Pool, tuple[Lane, ...]], ...]
 class Claim:
     """One claim to send: the arguments of ``broker.workers.claim``. ``n`` is 0 for a worker that unparks. ``received``
     is how many jobs had been handed over when it was sent first; ``cache`` is the number of the engine's prefix
-    cache, ``slots`` how many there are in all; ``given_up``: how many of those that it asks for were given up for
-    interactive jobs."""
+    cache, ``slots`` how many there are in all, ``capacity`` how many there could be; ``given_up``: how many of those
+    that it asks for were given up for interactive jobs."""
 
     shard: int
     seq: int
@@ -59,6 +59,7 @@ class Claim:
     received: int = 0
     cache: int = 0
     slots: int = 0
+    capacity: int = 0
     given_up: int = 0
 
 
@@ -87,6 +88,8 @@ class Slots:
     """The slots of one session and its claims. Times are seconds of one monotonic clock."""
 
     total: int
+    capacity: int = 0
+    """How many jobs the engine is thought to run at once; 0: ``total``."""
     busy: int = 0
     ready: bool = False
     """Whether the engine takes calls."""
@@ -257,7 +260,17 @@ class Slots:
         given_up, state.given_up = (state.given_up, 0) if slots else (0, state.given_up)
         n, offer = min(slots, MAX_CLAIM), slots if self._serves_one_shard else 0
         state.under_way = Claim(
-            shard, state.seq, state.turn, n, pools, offer, state.received, self.cache, self.total, given_up
+            shard,
+            state.seq,
+            state.turn,
+            n,
+            pools,
+            offer,
+            state.received,
+            self.cache,
+            self.total,
+            self.capacity or self.total,
+            given_up,
         )
         # By what it offered before, jobs may be handed over until this claim is answered.
         state.reserved = max(offer or n, state.reserved if state.parked_for is not None else 0)

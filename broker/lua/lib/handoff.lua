@@ -1,8 +1,8 @@
--- Hands new jobs to parked workers. ``offers:<queue key>``: sessions that take jobs there without claiming them, the most
--- free first (score: minus the free slots); how many each takes is ``free`` in its ``claimed`` hash, and ``given`` counts
--- them. A job travels on the worker's control stream, and is leased from the moment that it is written there.
+-- Hands new jobs to parked workers. ``offers:<queue key>``: sessions that take jobs there without claiming them, by
+-- their load (busy slots over what a worker is thought to run at once: workers with unlike slots are loaded alike); how many
+-- each takes is ``free`` in its ``claimed`` hash, and ``given`` counts them. A job travels on the worker's control stream, and is leased from the moment that it is written there.
 -- Where a worker holds a job's prefix, and its load is within a bound, it is preferred (``affinity``).
--- uses: affinity, parking
+-- uses: affinity, fairness, parking
 -- rarely: warmest
 
 local MAX_TAKERS = 16 -- of a queue key, looked at in one call
@@ -12,17 +12,23 @@ local takers, takers_at = {}, {}
 -- The worker behind a session that offers slots; false if it does not any more.
 local function taker(session_id)
   if takers[session_id] == nil then
-    local claimed = call('HMGET', P .. 'claimed:' .. session_id, 'free', 'given', 'region', 'stands_until', 'cache', 'slots')
+    local claimed = call('HMGET', P .. 'claimed:' .. session_id, 'free', 'given', 'region', 'stands_until', 'cache', 'slots',
+      'capacity')
     local free = tonumber(claimed[1] or 0)
     takers[session_id] = (free > 0 or claimed[4])
       and { id = session_id, free = free, given = tonumber(claimed[2] or 0), region = claimed[3] or '', stands = claimed[4],
-        cache = cache_of(session_id, claimed[5] or '0'), slots = tonumber(claimed[6] or 0), here = 0, keys = {} }
+        cache = cache_of(session_id, claimed[5] or '0'), slots = tonumber(claimed[6] or 0),
+        capacity = tonumber(claimed[7] or claimed[6] or 0), here = 0, keys = {} }
   end
   return takers[session_id]
 end
 
--- The worker with the most free slots among those that offer some at a queue key.
-local function most_free(key)
+local function load_of(one)
+  return (one.slots - one.free) / math.max(one.capacity, 1)
+end
+
+-- The worker with the lowest load among those that offer slots at a queue key.
+local function least_loaded(key)
   takers_at[key] = takers_at[key] or call('ZRANGE', P .. 'offers:' .. key, 0, MAX_TAKERS - 1)
   local best = nil
   for _, session_id in ipairs(takers_at[key]) do
@@ -30,18 +36,19 @@ local function most_free(key)
     if not found then
       gather('ZREM', P .. 'offers:' .. key, session_id)
     elseif found.free == 0 and #takers_at[key] == MAX_TAKERS then
-      gather('ZADD', P .. 'offers:' .. key, '0', session_id) -- behind those that still offer slots
-    elseif found.free > 0 and (not best or found.free > best.free or found.free == best.free and found.id < best.id) then
-      best = found
+      gather('ZADD', P .. 'offers:' .. key, '1e9', session_id) -- behind those that still offer slots
+    elseif found.free > 0 then
+      local less = best and load_of(best) - load_of(found) or 1
+      if less > 0 or less == 0 and found.id < best.id then best = found end
     end
   end
   return best
 end
 
--- The free slots of a worker: more than it offers, if jobs have ended since it claimed.
+-- How many jobs more a worker could run: more than it offers, if jobs have ended since it claimed, or it may get more slots.
 local function room(one)
   one.leases = one.leases or call('HLEN', P .. 'leases:' .. one.id)
-  return math.max(one.slots - one.leases - one.here, one.free)
+  return one.capacity - math.min(one.leases + one.here, one.slots - one.free)
 end
 
 -- The freest of the workers that hold a job's longest known prefix; nil if they are loaded too much beside ``best``.
@@ -52,7 +59,8 @@ local function warmest(key, digests, best)
   for session_id in string.gmatch(held or '', '(%S+)#%d*') do
     local holder = taker(session_id)
     if holder and holder.free > 0 and is_holder(held, holder.cache) and call('ZSCORE', P .. 'offers:' .. key, holder.id) and room(holder) > most
-      and 2 * #digests * (room(holder) + 1) > room(best) * (#digests + passed * DIGEST_CHARS) then
+      and 2 * #digests * (room(holder) + 1) * math.max(best.capacity, 1)
+      > room(best) * (#digests + passed * DIGEST_CHARS) * math.max(holder.capacity, 1) then
       found, most = holder, room(holder)
     end
   end
@@ -61,7 +69,7 @@ end
 
 -- The worker that a job goes to where nothing waits.
 local function favourite(key, digests)
-  local best = most_free(key)
+  local best = least_loaded(key)
   return best and digests ~= '' and warmest(key, digests, best) or best
 end
 
@@ -91,7 +99,7 @@ local function write_offers()
       call('HSET', P .. 'claimed:' .. one.id, 'free', int(one.free), 'given', int(one.given))
       for key in pairs(one.keys) do
         -- Their order matters only where not all of them are looked at.
-        if #takers_at[key] == MAX_TAKERS then call('ZADD', P .. 'offers:' .. key, 'XX', int(-one.free), one.id) end
+        if #takers_at[key] == MAX_TAKERS then call('ZADD', P .. 'offers:' .. key, 'XX', exact(load_of(one)), one.id) end
       end
     end
   end

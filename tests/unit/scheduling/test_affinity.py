@@ -174,7 +174,7 @@ def test_a_digest_in_the_slot_of_another_replaces_it() -> None:
 )  # fmt: skip
 def test_the_more_is_warm_the_more_load_is_accepted(passed: int, free: int, most_free: int, taken: bool) -> None:
     """Half of the free slots for all of the prompt, all but one for a tenth of it."""
-    assert takes_warm(Match(("w",), passed, 10), free, most_free) is taken
+    assert takes_warm(Match(("w",), passed, 10), free, 8, most_free, 8) is taken
 
 
 def test_a_worker_takes_what_is_warm_here_then_what_is_warm_nowhere() -> None:

@@ -21,6 +21,7 @@ from scheduling.slots import (
     SlotBounds,
     SlotState,
     asks_now,
+    capacity_of,
     first_state,
     next_state,
 )
@@ -242,11 +243,45 @@ def test_a_limit_that_binds_nobody_is_back_within_seconds() -> None:
 
 def test_a_limit_that_is_used_up_is_probed_and_not_doubled() -> None:
     """An engine that is full of 16 requests must not be sent 16 more at once."""
-    state, limits = SlotState(16), [16]
+    state, limits = SlotState(16, overloaded=True), [16]
     for _ in range(8):
         state = next_state(state, BOUNDS, EngineLoad(0, 16, 0.1), busy=state.limit, all_in_use=True)
         limits.append(state.limit)
     assert max(after - before for before, after in pairwise(limits)) <= 6
+
+
+def test_a_limit_doubles_until_the_first_sign_of_overload() -> None:
+    """And only while the KV cache has room for twice as much; then it is probed."""
+    bounds = SlotBounds(16, 256)
+
+    def grown(kv_usage: float | None, state: SlotState) -> list[int]:
+        limits = []
+        for _ in range(8):
+            state = next_state(state, bounds, EngineLoad(0, 16, kv_usage), busy=state.limit, all_in_use=True)
+            limits.append(state.limit)
+        return limits
+
+    assert grown(0.1, first_state(bounds)) == [16, 32, 32, 64, 64, 128, 128, 256]
+    assert max(grown(0.5, first_state(bounds))) < 32
+    assert max(grown(None, first_state(bounds))) < 32
+    state = next_state(first_state(bounds), bounds, EngineLoad(0, 16, 0.99), busy=16, all_in_use=True)
+    assert state.limit == 15
+    assert max(grown(0.1, state)) < 32
+
+
+def test_an_engine_is_thought_to_run_what_it_may_be_given_until_it_was_too_much() -> None:
+    """Without readings, no more than the limit."""
+    bounds = SlotBounds(16, 64)
+    state = first_state(bounds)
+    assert capacity_of(state, bounds) == 16
+    state = next_state(state, bounds, EngineLoad(0, 3, 0.1), busy=3, all_in_use=False)
+    assert (state.limit, capacity_of(state, bounds)) == (16, 64)
+    for _ in range(2):
+        state = next_state(state, bounds, EngineLoad(4, 12, 0.1), busy=16, all_in_use=True)
+    assert (state.limit, capacity_of(state, bounds)) == (12, 12)
+    for _ in range(4):
+        state = next_state(state, bounds, None, busy=16, all_in_use=True)
+    assert (state.limit, capacity_of(state, bounds)) == (16, 16)
 
 
 @pytest.mark.parametrize(
