@@ -164,15 +164,15 @@ def holds(holders: Sequence[str], cache: str) -> bool:
     return cache in holders or f"{name}#{int(number) - 1}" in holders
 
 
-def takes_warm(match: Match, free: int, capacity: int, most_free: int, of_most: int) -> bool:
-    """Whether a worker that could run ``free`` of its ``capacity`` more, and holds ``match``, is preferred to the one
-    with the lowest load, which could run ``most_free`` of ``of_most`` more.
+def takes_warm(match: Match, free: int, slots: int, most_free: int, of_most: int) -> bool:
+    """Whether a worker that holds ``match``, with ``free`` of its ``slots``, is preferred to the one with the lowest
+    load, with ``most_free`` of ``of_most``.
 
     The bound on its load, as in consistent hashing with bounded loads (Mirrokni, Thorup, Zadimoghaddam, SODA 2018),
     here in free slots, rounded in the worker's favour: half as many suffice for the longest prefix, all but one must be
     free for a short part of it.
     """
-    here, best = 2 * match.total * (free + 1) * of_most, most_free * (match.total + match.passed) * capacity
+    here, best = 2 * match.total * (free + 1) * of_most, most_free * (match.total + match.passed) * slots
     return free > 0 and here > best
 
 

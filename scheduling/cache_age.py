@@ -17,8 +17,9 @@ from .slots import EngineLoad
 
 GENERATIONS: Final = 2
 """So many of its latest numbers count as warm: a number that rises by as much makes all cold."""
-MIN_ROOM: Final = 0.01
-"""Share of the KV cache that counts as free at least: requests that fill it whole come and go."""
+MIN_ROOM: Final = 0.1
+"""Share of the KV cache that counts as free at least: requests that fill it whole come and go, and what they share with
+others stays."""
 
 
 @record
@@ -37,8 +38,10 @@ def next_age(age: CacheAge, load: EngineLoad | None) -> tuple[CacheAge, int]:
     stored = _stored(load)
     if load is None or load.cache_tokens is None or stored is None:
         return age, 0
-    if age.stored is None or stored < age.stored:  # the engine began to count anew
+    if age.stored is None:
         return CacheAge(age.share, stored), 0
+    if stored < age.stored:  # it began to count anew: another engine, or one that was restarted
+        return CacheAge(0.0, stored), GENERATIONS
     room = load.cache_tokens * max(1 - (load.kv_usage or 0.0), MIN_ROOM)
     new = stored - age.stored
     share = age.share + (new / room if room else float(bool(new) * GENERATIONS))
@@ -48,6 +51,6 @@ def next_age(age: CacheAge, load: EngineLoad | None) -> tuple[CacheAge, int]:
 
 def _stored(load: EngineLoad | None) -> int | None:
     """The tokens that the engine has computed, and so stored, since it started."""
-    if load is None or load.prefix_queries is None or load.prefix_hits is None:
+    if load is None or load.prefix_queries is None or load.prefix_hits is None or load.generated is None:
         return None
-    return max(load.prefix_queries - load.prefix_hits, 0) + (load.generated or 0)
+    return max(load.prefix_queries - load.prefix_hits, 0) + load.generated

@@ -5,7 +5,7 @@ late for each unit of what *they* were thought to cost: estimates that are wrong
 are taken now work on that together; the first of them becomes free after half a job, on average.
 
 * What waits in the lanes above goes first. The lanes below have a turn each in every ``LANE_CYCLE`` while they wait.
-* Within the lane, the bands before its own go first, and retried jobs before all; but its own band has a turn in every
+* Within the lane, retried jobs go first, and the bands before its own; but its own band has a turn in every
   ``BAND_CYCLE``, as have those behind it.
 * Tenants take turns (:mod:`scheduling.fairness`): of its own band go those of its own tenant before it, and as much of
   each other's, but no more than waits there.
@@ -29,6 +29,8 @@ KNOWN_JOBS = 8
 """How many jobs must have ended before anything is predicted. Age leaves as many: an old pace is a better guess than
 none, until new jobs end."""
 
+RETRIED = -1
+"""The band of jobs that wait again, which go before all others."""
 MAX_WAIT_MS = 10_000_000_000
 """A longer wait is told as this one (about 16 weeks): no deadline is as far away."""
 
@@ -75,11 +77,11 @@ class Rate:
 
 @record
 class LaneState:
-    """One lane of a pool: jobs that wait, and what those of each band cost (retried ones count with the first); jobs
-    that run; how fast they were."""
+    """One lane of a pool: jobs that wait, and what they cost, retried ones first, then those of each band; jobs that
+    run; how fast they were."""
 
     waiting: int = 0
-    costs: tuple[int, ...] = (0,) * BANDS
+    costs: tuple[int, ...] = (0,) * (1 + BANDS)
     leased: int = 0
     rate: Rate = Rate()
 
@@ -94,13 +96,13 @@ class Place:
 
 def place_of(lanes: Mapping[Lane, LaneState], lane: Lane, band: int, own: int, tenants: int) -> Place:
     """The place of a job in ``lane`` of a pool: ``own`` jobs of its tenant wait before it in its ``band``, in which so
-    many ``tenants`` wait. For a retried job ``band`` is 0 and ``tenants`` 1."""
+    many ``tenants`` wait. For a retried job ``band`` is ``RETRIED`` and ``tenants`` 1."""
     states = [lanes.get(one, LaneState()) for one in LANES]
     at = LANES.index(lane)
     above, below = states[:at], sum(state.waiting > 0 for state in states[at + 1 :])
     jobs, ahead = _before(states[at], band, own, tenants)
     jobs += sum(state.waiting for state in above)
-    ahead += sum(sum(state.costs) for state in above)
+    ahead += sum(_believed(state.costs)[0] for state in above)
     ran, run_ms = sum(state.rate.jobs for state in states), sum(state.rate.run_ms for state in states)
     cost, slots = sum(state.rate.cost for state in states), sum(state.leased for state in states)
     if ran < KNOWN_JOBS or cost < 1 or slots < 1:
@@ -111,15 +113,21 @@ def place_of(lanes: Mapping[Lane, LaneState], lane: Lane, band: int, own: int, t
 
 def _before(here: LaneState, band: int, own: int, tenants: int) -> tuple[int, float]:
     """How many jobs of its own lane go before a job, and what they cost."""
-    total = sum(here.costs)
+    total, costs = _believed(here.costs)
     if here.waiting <= 0 or not total:
         return 0, 0.0
-    mean = total / here.waiting
-    behind = sum(cost > 0 for cost in here.costs[band + 1 :])
-    within = min(own * tenants * mean, here.costs[band])
-    cost = within + min(sum(here.costs[:band]), (within + mean) * (BAND_CYCLE - 1))
+    at, mean = band - RETRIED, total / here.waiting
+    behind = sum(cost > 0 for cost in costs[at + 1 :])
+    level = min(own * tenants * mean, costs[at])
+    cost = level + min(sum(costs[:at]), (level + mean) * (BAND_CYCLE - 1))
     cost = min(cost * BAND_CYCLE / (BAND_CYCLE - behind), total)
     return int(cost / mean + 0.5), cost
+
+
+def _believed(costs: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+    """Their sum, and each, without what cannot be: a queue may have lost some of its count."""
+    known = tuple(max(cost, 0) for cost in costs)
+    return sum(known), known
 
 
 def patience_ms(deadline_ms: int, margin: float) -> int:

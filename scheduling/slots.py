@@ -11,12 +11,11 @@ A worker asks its engine about once a second (:func:`asks_now`), calls :func:`ne
   effect is not repeated.
 * **Down, before it thrashes.** A preemption, or a KV cache that is nearly full, takes a fixed share away, once for each
   time that a decrease had its effect.
-* **Up, by probing.** With nothing waiting, room in the KV cache and, from the setting on, all slots in use, the limit
-  grows by one, then by twice as much each time, at most by a quarter. After a decrease it waits, twice as long after
-  each that follows (additive increase and multiplicative decrease: Chiu and Jain, 1989; the doubling start: Jacobson,
-  1988).
-* **At first, by doubling.** Until the first sign of overload it grows to twice as much each time, if the KV cache has
-  room for that (slow start: Jacobson, 1988): the setting is a guess, and what a new worker does not take waits.
+* **Up, by doubling at first.** From the setting on it may grow with nothing waiting, room in the KV cache and all slots
+  in use. Until the first sign of overload it doubles, as long as the KV cache has room for that (slow start: Jacobson,
+  1988): the setting is a guess, and what a new worker does not take waits.
+* **Then by probing.** It grows by one, then by twice as much each time, at most by a quarter. After a decrease it
+  waits, twice as long after each that follows (additive increase and multiplicative decrease: Chiu and Jain, 1989).
 * **Back, by doubling.** Below the setting, with slots free, a limit binds nobody: what lowered it is over, as where one
   long prompt took all of an engine's steps. It doubles, up to the setting: a worker with few slots is handed little,
   and what its cache holds would be computed elsewhere meanwhile.
@@ -92,10 +91,8 @@ class SlotState:
     """Whether it grew, and no clean readings followed yet."""
     missed: int = 0
     """Readings in a row that are missing."""
-    told: bool = False
-    """Whether the engine has told its load."""
     overloaded: bool = False
-    """Whether that was ever too much."""
+    """Whether there was a sign of overload since the session began."""
     waiting: int = 0
     """What the last reading said was waiting."""
     preemptions: int | None = None
@@ -105,12 +102,6 @@ class SlotState:
 def first_state(bounds: SlotBounds) -> SlotState:
     """The state before the first reading: the setting."""
     return SlotState(bounds.setting)
-
-
-def capacity_of(state: SlotState, bounds: SlotBounds) -> int:
-    """How many requests the engine is thought to run at once: what it was given when that was too much; before that,
-    as many as it may be given. Without readings nothing but the limit is known."""
-    return bounds.maximum if state.told and not state.overloaded else state.limit
 
 
 def asks_now(state: SlotState, bounds: SlotBounds, *, busy: int, passed: int) -> bool:
@@ -127,13 +118,12 @@ def next_state(
     engine; ``all_in_use`` is whether every slot is busy or about to be."""
     if load is None:
         if state.missed >= MISSES_ALLOWED:
-            return replace(first_state(bounds), missed=state.missed)
+            return replace(first_state(bounds), missed=state.missed, backoff=state.backoff, overloaded=state.overloaded)
         return replace(state, missed=state.missed + 1, clean=0)
     seen = replace(
         state,
         hold=max(state.hold - 1, 0),
         missed=0,
-        told=True,
         waiting=load.waiting,
         preemptions=load.preemptions if load.preemptions is not None else state.preemptions,
     )
@@ -184,6 +174,8 @@ def _grown(state: SlotState, bounds: SlotBounds, *, all_in_use: bool, may_double
         return state
     if state.limit < bounds.setting and not all_in_use:
         return replace(state, limit=min(2 * state.limit, bounds.setting), clean=0, unproven=True)
-    step = state.limit if may_double else min(state.step, max(state.limit // 4, 1))
+    if may_double:
+        return replace(state, limit=min(2 * state.limit, bounds.maximum), clean=0, unproven=True)
+    step = min(state.step, max(state.limit // 4, 1))
     limit = min(state.limit + step, bounds.maximum)
     return replace(state, limit=limit, step=2 * step, clean=0, unproven=True)

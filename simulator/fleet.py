@@ -21,7 +21,7 @@ class Worker:
         self.engine = engine
         self.slots = slots
         self.capacity = slots
-        """How many requests it is thought to run at once."""
+        """The most slots that it may have."""
         self.asked_at = asked_at
         self.ready = False
         self.leaving = False

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from scheduling.cache_age import CacheAge, next_age
-from scheduling.slots import EngineLoad, SlotBounds, asks_now, capacity_of, first_state, next_state
+from scheduling.slots import EngineLoad, SlotBounds, asks_now, first_state, next_state
 from telemetry import get_logger
 
 from .core import Slots
@@ -17,9 +17,8 @@ log = get_logger(__name__)
 
 
 class LoadMonitor:
-    """Changes ``slots.total`` within ``bounds`` by the load of ``engine``, read every ``interval_s``, and calls
-    ``changed`` when it did; says its ``capacity``, and
-    raises ``slots.cache``. With an interval of 0 it never asks."""
+    """Changes ``slots.total`` within ``bounds`` and raises ``slots.cache`` by the load of ``engine``, read every
+    ``interval_s``, and calls ``changed`` when it did. With an interval of 0 it never asks."""
 
     def __init__(
         self, engine: Engine, slots: Slots, bounds: SlotBounds, interval_s: float, changed: Callable[[], None]
@@ -52,11 +51,11 @@ class LoadMonitor:
         self._age, rises = next_age(self._age, self.load)
         slots.cache += rises
         self._state = next_state(self._state, self._bounds, self.load, busy=slots.busy, all_in_use=slots.all_in_use)
-        slots.capacity = capacity_of(self._state, self._bounds)
-        if (limit := self._state.limit) == slots.total:
+        if (limit := self._state.limit) != slots.total:
+            log.debug("slots_changed", before=slots.total, slots=limit, engine=_told(self.load))
+            slots.total = limit
+        elif not rises:
             return
-        log.debug("slots_changed", before=slots.total, slots=limit, engine=_told(self.load))
-        slots.total = limit
         self._changed()
 
 

@@ -44,13 +44,14 @@ class WorkerSession:
     def __init__(self, context: WorkerContext, session_id: SessionId) -> None:
         settings = context.settings
         self.session_id = session_id
-        self.slots = Slots(settings.slots)
+        bounds = SlotBounds(settings.slots, settings.max_slots or settings.slots)
+        self.slots = Slots(settings.slots, bounds.maximum if settings.engine_load_interval_ms else 0)
         self.load_monitor = LoadMonitor(
             context.engine,
             self.slots,
-            SlotBounds(settings.slots, settings.max_slots or settings.slots),
+            bounds,
             settings.engine_load_interval_ms / 1000,
-            self._limit_changed,
+            self._load_changed,
         )
         self.broker_ok = False
         self._context = context
@@ -306,7 +307,7 @@ class WorkerSession:
             self._consumers[shard].reschedule()
         self._reconsider()
 
-    def _limit_changed(self) -> None:
+    def _load_changed(self) -> None:
         self._reconsider()
         self._membership.notify()
 

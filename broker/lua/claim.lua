@@ -2,7 +2,7 @@
 -- ARGV: prefix, session id, seq, turn, n, offer (jobs that may be handed to the worker while it is parked, those of this
 --       claim included), received (jobs handed to it so far, as it counts), attempt id base, park_ms, region ('' for none),
 --       number of the engine's cache in this session (it rises as that forgets), slots in all,
---       how many jobs it is thought to run at once, then pairs: pool, lanes (comma separated).
+--       the most slots that it may have, then pairs: pool, lanes (comma separated).
 -- Reply: {'fenced'} if the session was declared dead (or never joined); else {'ok', parked (1 or 0), jobs handed to it so
 --       far, jobs that may be handed to it still, job, ...}, each job {id, envelope, epoch, attempt id, attempt,
 --       remaining_ms, waited_ms, suspect (1 or 0), predicted wait as it came (ms, or '')}. With fewer than n jobs the worker
@@ -17,7 +17,7 @@
 local session_id, seq, worker_turn, wanted = ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
 local offer, received = tonumber(ARGV[6]), tonumber(ARGV[7])
 local attempt_base, park_ms, region = ARGV[8], tonumber(ARGV[9]), ARGV[10]
-local cache = cache_of(session_id, ARGV[11])
+local cache, slots, capacity = cache_of(session_id, ARGV[11]), ARGV[12], ARGV[13]
 local MAX_SKIPPED = 64
 local MAX_BYTES = 8 * 1024 * 1024 -- of envelopes in one reply
 local MANY_QUEUES = 48 -- from here on a worker's entries among the parked stand for half of park_ms
@@ -215,9 +215,10 @@ elseif #held < wanted then
   free, parked_at = math.max(offer - on_their_way - #held, 0), table.concat(local_keys, ' ')
   local stands = free > 0 and last[3] == parked_at and tonumber(last[7] or 0) > now
   if last[3] ~= parked_at or free == 0 then unpark(session_id, last[3]) end
+  local load = string.format('%.9f', math.max(tonumber(slots) - free, 0) / math.max(tonumber(capacity), free, 1))
   for _, key in ipairs(stands and {} or local_keys) do
     call('ZADD', P .. 'parked:' .. key, int(now + park_ms), session_id)
-    if free > 0 then call('ZADD', P .. 'offers:' .. key, exact((tonumber(ARGV[12]) - free) / math.max(tonumber(ARGV[13]), 1)), session_id) end
+    if free > 0 then call('ZADD', P .. 'offers:' .. key, load, session_id) end
   end
   if not stands and free > 0 and #local_keys >= MANY_QUEUES then
     call('HSET', claimed_key, 'stands_until', int(now + park_ms / 2))
@@ -229,8 +230,7 @@ else
 end
 if last[8] then call('HDEL', claimed_key, 'full') end
 answer[2], answer[4] = parked_at and 1 or 0, free
-local more = parked_at and { 'parked', parked_at } or {}
-if region ~= '' then more[#more + 1], more[#more + 2] = 'region', region end
-call('HSET', claimed_key, 'seq', seq, 'jobs', table.concat(held, ' '), 'free', int(free), 'cache', ARGV[11], 'slots', ARGV[12],
-  'capacity', ARGV[13], unpack(more))
+call('HSET', claimed_key, 'seq', seq, 'jobs', table.concat(held, ' '), 'free', int(free), 'cache', ARGV[11], 'slots', slots,
+  'capacity', capacity, unpack(parked_at and { 'parked', parked_at } or {}))
+if region ~= '' then call('HSET', claimed_key, 'region', region) end
 return write_counters_and_return(answer)

@@ -15,13 +15,15 @@ from queue_schemas import BrokerFull, BrokerUnavailable, InferqError, Lane, Lane
 from queue_schemas.ids import decode_name, encode_name
 from queue_schemas.lanes import BANDS
 from scheduling.arrivals import STALE_MS, Arrivals
-from scheduling.prediction import LaneState, Rate, place_of
+from scheduling.prediction import RETRIED, LaneState, Rate, place_of
 from telemetry import get_logger
 
 from ..redis.calls import Caller, pairs
 from ..redis.shards import answers_of, on_each
 
 _NOT_EVENTS = ("waiting", "leased", "turn", "wait", "cost", "ran", "ran_ms", "ran_cost", "ran_at")
+_COSTS = (b":r:cost", *(b":%d:cost" % band for band in range(BANDS)))
+"""What waits costs: retried jobs, and those of each band."""
 SHARD_TIMEOUT_S = 1.0
 """How long a shard may take to answer before it is left out."""
 MAX_KEYS = 128
@@ -77,7 +79,7 @@ class QueueStats:
                 waiting, leased = (int(counts.get(queue_key + kind, 0)) for kind in (b":waiting", b":leased"))
                 if not (waiting or leased):
                     continue
-                cost = sum(int(counts.get(b"%b:%d:cost" % (queue_key, band), 0)) for band in range(BANDS))
+                cost = sum(max(int(counts.get(queue_key + kind, 0)), 0) for kind in _COSTS)
                 pool, lane, region = _parts(queue_key.decode())
                 lanes = depths.setdefault(pool, {})
                 at = shards.setdefault(pool, [])
@@ -231,14 +233,15 @@ def _with_paces(pool: Pool, lanes: Mapping[Lane, LaneDepth], shards: Sequence[_P
     states, arrivals = {}, {}
     for lane, depth in lanes.items():
         name = f"{encode_name(pool)}:{lane}".encode()
-        behind_all = (depth.cost, *(0,) * (BANDS - 1))
-        states[lane] = LaneState(depth.waiting, behind_all, depth.leased, _sum([one.rate(name) for one in shards]))
+        # One that comes behind all: as if all were retried, and it too.
+        costs = (depth.cost, *(0,) * BANDS)
+        states[lane] = LaneState(depth.waiting, costs, depth.leased, _sum([one.rate(name) for one in shards]))
         per_s = [one.arrivals_per_s(name) for one in shards]
         arrivals[lane] = None if None in per_s else round(sum(one or 0.0 for one in per_s), 3)
     return {
         lane: depth.model_copy(
             update={
-                "predicted_wait_ms": place_of(states, lane, 0, depth.waiting, 1).wait_ms,
+                "predicted_wait_ms": place_of(states, lane, RETRIED, depth.waiting, 1).wait_ms,
                 "ms_per_cost": states[lane].rate.ms_per_cost,
                 "ms_per_job": states[lane].rate.ms_per_job,
                 "arrivals_per_s": arrivals[lane],

@@ -17,7 +17,7 @@ from scheduling.cache_age import CacheAge, next_age
 from scheduling.cost import Usage, cost_of
 from scheduling.fairness import charge_of
 from scheduling.prediction import place_of
-from scheduling.slots import SlotBounds, SlotState, asks_now, capacity_of, first_state, next_state
+from scheduling.slots import SlotBounds, SlotState, asks_now, first_state, next_state
 
 from ..fleet import Worker
 from ..requests import Request
@@ -111,6 +111,7 @@ class PullQueue:
         if self._rules.max_slots is not None or self._rules.affinity:
             bounds = SlotBounds(worker.slots, max(self._rules.max_slots or 0, worker.slots))
             self._readings[worker] = _Reading(bounds, first_state(bounds))
+            worker.capacity = bounds.maximum
             self._clock.at(self._clock.now + READ_ENGINE_S, self._read_engine, worker)
         self._claim(worker)
 
@@ -173,7 +174,6 @@ class PullQueue:
         if self._rules.max_slots is None:
             return
         last.state = next_state(last.state, last.bounds, load, busy=busy, all_in_use=busy >= worker.slots)
-        worker.capacity = capacity_of(last.state, last.bounds)
         if last.state.limit != worker.slots:
             worker.slots = last.state.limit
             self._claim(worker)

@@ -6,7 +6,7 @@ from collections import deque
 
 from queue_schemas.lanes import BAND_STEP, BANDS, band_order
 from scheduling.fairness import Band
-from scheduling.prediction import LaneState, Rate
+from scheduling.prediction import RETRIED, LaneState, Rate
 
 from ..fleet import Worker
 from ..requests import Request
@@ -29,7 +29,7 @@ class Line:
         self._bands: tuple[tuple[Band, dict[str, deque[Request]]], ...] = tuple((Band(), {}) for _ in range(BANDS))
         self._retries: deque[Request] = deque()
         self._turn = 0
-        self._costs = [0] * BANDS
+        self._costs = [0] * (1 + BANDS)
         self._rate = Rate()
         self.waiting = 0
         self.leased = 0
@@ -59,7 +59,7 @@ class Line:
         band.come(tenant)
         queues.setdefault(tenant, deque()).append(request)
         self.waiting += 1
-        self._costs[request.band] += request.cost
+        self._costs[request.band - RETRIED] += request.cost
 
     def put_again(self, request: Request) -> None:
         """``request`` yielded, and waits before new ones. What its tenant was charged is given back."""
@@ -80,7 +80,7 @@ class Line:
             self.correct(request, request.charge)
         else:
             request = self._take_fresh(worker, now)
-            self._costs[request.band] -= request.cost
+            self._costs[request.band - RETRIED] -= request.cost
             request.waited_ms = int((now - request.queued_at) * 1e3)
         request.charged = request.charge
         self._turn += 1

@@ -56,10 +56,9 @@ class Warmth:
             if worker.ready
             and not worker.leaving
             and holds(match.holders, _cache(worker))
-            and worker.running < worker.slots
-            and takes_warm(match, _room(worker), worker.capacity, _room(best), best.capacity)
+            and takes_warm(match, _free(worker), worker.slots, _free(best), best.slots)
         ]
-        return max(warm, key=_room, default=best)
+        return max(warm, key=_free, default=best)
 
     def remember(self, digests: str, worker: Worker) -> None:
         """A request with ``digests`` runs on ``worker``."""
@@ -73,8 +72,8 @@ class Warmth:
         return choose(self._table, found, _cache(worker))
 
 
-def _room(worker: Worker) -> int:
-    return worker.capacity - worker.running
+def _free(worker: Worker) -> int:
+    return worker.slots - worker.running
 
 
 def _cache(worker: Worker) -> str:

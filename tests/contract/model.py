@@ -39,7 +39,7 @@ from queue_schemas.persisted_output import key_digest, request_digest
 from scheduling.affinity import WarmTable, choose, holds, patience_ms, takes_warm
 from scheduling.arrivals import LOOK_MS, Arrivals
 from scheduling.fairness import Band, charge_of, units
-from scheduling.prediction import LaneState, Rate, place_of
+from scheduling.prediction import RETRIED, LaneState, Rate, place_of
 from scheduling.preemption import Yieldable, victim, yields_wanted
 
 from .model_records import SUSPECT, DeadLetter, Effects, Kept, Line, Live, Place, Run, Snapshot, Tombstone, require
@@ -122,7 +122,7 @@ class Model:
         if job.persisted and job.idempotency_key:
             self.keys[key_digest(job)] = (job.id, request_digest(job))
         self.totals[(*place, "enqueued")] += 1
-        takers = {worker: self.runs[worker].load for worker in self.offers[place]}
+        takers = {worker: self.runs[worker].order for worker in self.offers[place]}
         preferred = self._warmest(job, takers) if is_first else ""
         if takers and size <= MAX_HANDED_BYTES and is_first:
             allowed = [preferred] if preferred else [w for w, load in takers.items() if load == min(takers.values())]
@@ -140,22 +140,24 @@ class Model:
             self._ask_to_yield(place)
         return State.QUEUED
 
-    def _warmest(self, job: Job, takers: Mapping[str, float]) -> str:
+    def _warmest(self, job: Job, takers: Mapping[str, tuple[float, int]]) -> str:
         """The worker that a job goes to for the prefix that it holds; '' if there is none, or it is loaded too much."""
         match = self.warm.match(job.affinity)
         known = [holder.partition("#")[0] for holder in match.holders] if match else []
         holders = [w for w in known if match and w in self.runs and holds(match.holders, self._cache(w))]
-        best = max((w for w in holders if w in takers), key=self._room, default="")
+        best = max((w for w in holders if w in takers), key=self._free, default="")
         if not best or match is None:
             return ""
         freest = min(takers, key=lambda worker: (takers[worker], worker))
-        sizes = [size for worker in (best, freest) for size in (self._room(worker), max(self.runs[worker].capacity, 1))]
-        return best if takes_warm(match, *sizes) else ""
+        free, of = self._free(best), self._slots(best)
+        return best if takes_warm(match, free, of, self._free(freest), self._slots(freest)) else ""
 
-    def _room(self, worker: str) -> int:
-        """How many jobs more a worker could run: more than it offers, if jobs have ended since it claimed."""
-        run = self.runs[worker]
-        return run.capacity - min(len(self.held(worker)), run.slots - run.offered)
+    def _slots(self, worker: str) -> int:
+        return max(self.runs[worker].slots, self.runs[worker].offered)
+
+    def _free(self, worker: str) -> int:
+        """The free slots of a worker: more than it offers, if jobs have ended since it claimed."""
+        return max(self._slots(worker) - len(self.held(worker)), self.runs[worker].offered)
 
     def _cache(self, worker: str) -> str:
         return f"{worker}#{self.runs[worker].cache}" if worker in self.runs else ""
@@ -561,7 +563,7 @@ class Model:
             at = Place(place.pool, lane)
             waiting = self.waiting(at) - (lane is place.lane)  # it is not in its line yet
             leased = sum(one.place == at and one.state is State.LEASED for one in self.live.values())
-            of_bands = tuple(costs.get((at, one), 0) for one in range(BANDS))
+            of_bands = tuple(costs.get((at, one), 0) for one in range(RETRIED, BANDS))
             lanes[lane] = LaneState(waiting, of_bands, leased, self.rates[at])
         own = len(self.lines.get(Line("fresh", place, band, live.job.tenant), ()))
         return place_of(lanes, place.lane, band, own, len(self._fresh_lines(place, band))).wait_ms
@@ -571,7 +573,8 @@ class Model:
         costs: Counter[tuple[Place, int]] = Counter()
         for live in self.live.values():
             if live.state is State.QUEUED and live.line is not None:
-                costs[live.place, live.line.band] += cost_of(live.job)
+                band = live.line.band if live.line.kind == "fresh" else RETRIED
+                costs[live.place, band] += cost_of(live.job)
         return dict(costs)
 
     def _stored(self) -> list[tuple[Job, list[tuple[int, int, int]]]]:

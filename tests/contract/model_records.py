@@ -132,12 +132,13 @@ class Run:
     """The number of its engine's prefix cache."""
     slots: int = 0
     capacity: int = 0
-    """Jobs that it is thought to run at once."""
+    """The most slots that it may have."""
 
     @property
-    def load(self) -> float:
-        """What part of it is busy."""
-        return (self.slots - self.offered) / max(self.capacity, 1)
+    def order(self) -> tuple[float, int]:
+        """Where it stands among those that are handed work: by its load, then by what it offers."""
+        slots = max(self.slots, self.offered)
+        return (slots - self.offered) / max(self.capacity, slots), -self.offered
 
 
 class DeadLetter(NamedTuple):

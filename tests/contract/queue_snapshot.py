@@ -15,7 +15,7 @@ from queue_schemas.ids import decode_name
 from queue_schemas.keys import ShardKeys
 from scheduling.arrivals import Arrivals
 from scheduling.fairness import Band
-from scheduling.prediction import Rate
+from scheduling.prediction import RETRIED, Rate
 from tests.contract.model_records import SUSPECT, DeadLetter, Line, Place, Snapshot, require
 from tests.support.queue import parse_record
 
@@ -197,7 +197,7 @@ def _counters(raw: Raw) -> tuple[dict[str, dict[Place, int]], dict[tuple[Place, 
     for name, number in _numbers(raw.one("counters")).items():
         pool, lane, *band, kind = name.split(":")
         if kind == "cost":
-            costs[_place(pool, lane), int(*band)] = number
+            costs[_place(pool, lane), RETRIED if band == ["r"] else int(*band)] = number
         else:
             counters.setdefault(kind, {})[_place(pool, lane)] = number
     return counters, costs

@@ -74,9 +74,11 @@ async def test_a_conversation_returns_to_the_worker_that_holds_it(broker: Broker
     assert await outcomes(broker) == {"warm": 1, "cold": 2}
 
 
-async def test_one_prefix_that_all_share_makes_no_hot_spot(broker: Broker) -> None:
-    """No worker is loaded beyond the bound: half the free slots of the least loaded one."""
-    workers = [await offering(broker, 16) for _ in range(4)]
+@pytest.mark.parametrize("capacity", [16, 256])
+async def test_one_prefix_that_all_share_makes_no_hot_spot(broker: Broker, capacity: int) -> None:
+    """No worker is loaded beyond the bound: half the free slots of the least loaded one, however many more slots they
+    may have."""
+    workers = [await offering(broker, 16, capacity=capacity) for _ in range(4)]
     load = [0] * 4
     for number in range(40):
         await broker.jobs.enqueue(warm_job("everybody", 3))

@@ -29,9 +29,10 @@ async def _wait_is(scene: Scene, ms: int) -> None:
 
 async def load_stays_within_the_bound(scene: Scene) -> None:
     """A warm worker is left alone once another has more than twice its free slots and one."""
-    await _holds(scene, scene.worker, MINE)
+    for digests in (MINE, "", "", "", ""):
+        await _holds(scene, scene.worker, digests)
     other = await scene.another()
-    assert await scene.worker.claim(3, offer=3) == await other.claim(8, offer=8) == []
+    assert await scene.worker.claim(3, offer=3, slots=8) == await other.claim(8, offer=8) == []
     await scene.broker.jobs.enqueue(scene.job(affinity=MINE))
     assert (len(await scene.worker.handed()), len(await other.handed())) == (0, 1)
 
@@ -153,23 +154,20 @@ async def the_wait_is_forgotten_with_the_queue(scene: Scene) -> None:
     assert not await scene.client.hexists(KEYS.counters, f"{WAITS_AT}:wait")
 
 
-BOUND = (
-    "\n      and 2 * #digests * (room(holder) + 1) * math.max(best.capacity, 1)"
-    "\n      > room(best) * (#digests + passed * DIGEST_CHARS) * math.max(holder.capacity, 1)"
-)
+BOUND = " and takes_warm(holder, best, total, passed)"
 PROOF = "proof == string.sub(digests, at + SLOT_CHARS, at + DIGEST_CHARS - 1) and held or ''"
 GUARDS: list[tuple[Scenario, Rewrite]] = [
     (load_stays_within_the_bound, Rewrite("handoff", BOUND, "")),
     (
         slots_that_became_free_count,
-        Rewrite("handoff", "math.min(one.leases + one.here, one.slots - one.free)", "(one.slots - one.free)"),
+        Rewrite("handoff", "math.max(one.slots - one.leases - one.here, one.free)", "one.free"),
     ),
     (a_lost_cache_is_cold, Rewrite("handoff", "is_holder(held, holder.cache) and ", "")),
     (half_a_cache_is_warm, Rewrite("affinity", " or has_word(held, cache.before)", "")),
     (a_cache_is_one_holder, Rewrite("affinity", "string.sub(holder, 1, #cache.name) ~= cache.name and ", "")),
     (
         a_warm_worker_takes_what_it_offers,
-        Rewrite("handoff", "call('ZSCORE', P .. 'offers:' .. key, holder.id) and ", ""),
+        Rewrite("handoff", " and call('ZSCORE', P .. 'offers:' .. key, holder.id)", ""),
     ),
     (a_slot_is_no_proof, Rewrite("affinity", PROOF, "held or ''")),
     (a_patience_ends, Rewrite("claim", " or now - tonumber(first.at) >= patience", "")),

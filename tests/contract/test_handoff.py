@@ -58,14 +58,11 @@ async def test_the_offer_bounds_what_is_handed_over(broker: Broker) -> None:
 
 
 async def test_the_worker_with_the_lowest_load_is_handed_the_next_job(broker: Broker) -> None:
-    """So that load spreads."""
+    """So that load spreads; of idle ones, the one with the most free slots."""
     small, large = await offering(broker, 1), await offering(broker, 3)
-    for _ in range(2):
+    for handed in ((0, 1), (1, 0), (0, 1), (0, 1)):
         await broker.jobs.enqueue(make_job())
-    assert (len(await small.handed()), len(await large.handed())) == (0, 2)
-    for _ in range(2):
-        await broker.jobs.enqueue(make_job())
-    assert (len(await small.handed()), len(await large.handed())) == (1, 1)
+        assert (len(await small.handed()), len(await large.handed())) == handed
 
 
 async def test_workers_with_unlike_slots_are_loaded_alike(broker: Broker) -> None:
@@ -268,12 +265,12 @@ MANY = [f"model-{number}" for number in range(20)]
 """With three lanes each, more queues than a worker is parked at anew with each claim."""
 
 
-async def of_many_models(broker: Broker, slots: int) -> Puller:
-    """A worker of many models that found nothing and offers all its slots, twice: with the second claim its entries
-    among the parked stand already."""
+async def of_many_models(broker: Broker, offer: int, **options: Any) -> Puller:
+    """A worker of many models that found nothing and offers slots, twice: with the second claim its entries among the
+    parked stand already."""
     worker = await Puller(broker).join()
     for _ in range(2):
-        assert await worker.claim(slots, MANY, offer=slots) == []
+        assert await worker.claim(offer, MANY, offer=offer, **options) == []
     return worker
 
 
@@ -344,14 +341,33 @@ async def test_a_dead_worker_of_many_models_is_parked_nowhere(broker: Broker, cl
 
 
 async def test_full_workers_of_many_models_do_not_hide_a_free_one_for_long(broker: Broker) -> None:
-    """Only some of those that offer slots are looked at, the ones with most first: those found full step back."""
-    full = [await of_many_models(broker, 2) for _ in range(20)]
+    """Only some of those that offer slots are looked at, those with the lowest load first: of these, the ones that are
+    found full step back. Here they might have more slots, and the free one has not."""
+    full = [await of_many_models(broker, 2, capacity=16) for _ in range(20)]
     for _ in range(40):
         await broker.jobs.enqueue(make_job(model=MANY[0]))
     assert [len(await worker.handed()) for worker in full] == [2] * 20
-    free = await of_many_models(broker, 1)
+    free = await of_many_models(broker, 1, slots=4)
     await broker.jobs.enqueue(make_job(model=MANY[1]))
     assert await free.control_messages() == [WAKE]
-    assert len(await free.claim(2, MANY, offer=2)) == 1
+    assert len(await free.claim(2, MANY, offer=2, slots=4)) == 1
     await broker.jobs.enqueue(make_job(model=MANY[1]))
     assert len(await free.handed()) == 1
+
+
+async def test_who_offers_nothing_more_is_not_put_back_among_those_who_do(broker: Broker, client: Any) -> None:
+    """One that was unparked in the same call stays so."""
+    workers = [await offering(broker, 1) for _ in range(17)]
+    await asyncio.gather(*(broker.jobs.enqueue(make_job()) for _ in range(20)))
+    handed = [worker.session_id for worker in workers if await worker.handed()]
+    assert len(handed) >= 16
+    offers = await client.zrange(KEYS.offers(MODEL, Lane.INTERACTIVE), 0, -1)
+    assert {worker.decode() for worker in offers} == {worker.session_id for worker in workers} - set(handed)
+
+
+async def test_loads_are_told_apart_however_many_slots_workers_may_have(broker: Broker) -> None:
+    """Also where more of them offer slots than one call looks at."""
+    workers = [await of_many_models(broker, 64, capacity=65_536) for _ in range(24)]
+    for _ in range(48):
+        await broker.jobs.enqueue(make_job(model=MANY[0]))
+    assert {len(await worker.handed()) for worker in workers} == {2}

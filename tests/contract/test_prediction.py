@@ -10,11 +10,14 @@ import pytest
 
 from broker import Broker
 from queue_schemas import Lane, Lease, Outcome, State, WaitTooLong
+from queue_schemas.ids import encode_name
+from queue_schemas.keys import ShardKeys
 from queue_schemas.lanes import BANDS
-from scheduling.prediction import KNOWN_JOBS, MAX_WAIT_MS, LaneState, Place, Rate, patience_ms, place_of
+from scheduling.prediction import KNOWN_JOBS, MAX_WAIT_MS, RETRIED, LaneState, Place, Rate, patience_ms, place_of
 from tests.support.queue import MODEL, Puller, make_job
 
 RUN_MS, COST = 1_000, 100
+KEYS = ShardKeys(0)
 
 
 @pytest.fixture
@@ -68,13 +71,45 @@ async def test_the_scripts_predict_what_the_functions_predict(broker: Broker, wo
         assert (await broker.jobs.start_enqueue(job)).predicted_ms == place.wait_ms
         own[lane, band, tenant] = own.get((lane, band, tenant), 0) + 1
         state = lanes[lane]
-        costs = tuple(was + cost * (one == band) for one, was in enumerate(state.costs))
+        costs = tuple(was + cost * (one == band) for one, was in enumerate(state.costs, RETRIED))
         lanes[lane] = LaneState(state.waiting + 1, costs, state.leased, state.rate)
         jobs.append((job, own[lane, band, tenant] - 1))
     for job, before in jobs:
         tenants = len({name for *at, name in own if at == [job.lane, job.band]})
         places.append(place_of(lanes, job.lane, job.band, before, tenants))
     assert await broker.jobs.places([job.id for job, _ in jobs]) == places
+
+
+async def test_retried_jobs_go_before_a_job(broker: Broker, worker: Puller) -> None:
+    """Of any band; each of them waits for those that were retried before it."""
+    rate = await observed(broker, worker)
+    leases = await running(broker, worker, 6)
+    for lease in leases[:4]:
+        await broker.attempts.release(lease, "its engine failed", counted=False)
+    fresh = make_job(band=0, cost_estimate=COST)
+    enqueued = await broker.jobs.start_enqueue(fresh)
+    state = LaneState(4, (4 * COST, 0, 0, 0, 0), 2, rate)
+    place = place_of({Lane.INTERACTIVE: state}, Lane.INTERACTIVE, 0, 0, 0)
+    assert (enqueued.predicted_ms, place.jobs_ahead) == (place.wait_ms, 4)
+    (second,) = await broker.jobs.places([leases[1].job.id])
+    assert second is not None
+    assert second.jobs_ahead == 1
+
+
+async def test_counters_that_cannot_be_are_not_believed(broker: Broker, worker: Puller, client: Any) -> None:
+    """As some writes may be lost: nothing is predicted below nothing, and scripts and functions agree."""
+    rate = await observed(broker, worker)
+    await running(broker, worker, 2)
+    for band in range(3):
+        await predicted(broker, band=band)
+    for band, cost in ((0, -50), (1, 20)):
+        await client.hset(KEYS.counters, f"{encode_name(MODEL)}:interactive:{band}:cost", cost)
+    state = LaneState(3, (0, -50, 20, COST, 0), 2, rate)
+    assert await predicted(broker, band=2) == place_of({Lane.INTERACTIVE: state}, Lane.INTERACTIVE, 2, 1, 1).wait_ms
+    depth = (await broker.stats.depths())[MODEL][Lane.INTERACTIVE]
+    assert depth.cost == 20 + 2 * COST
+    assert depth.predicted_wait_ms is not None
+    assert depth.predicted_wait_ms > 0
 
 
 async def test_nothing_is_predicted_from_few_jobs(broker: Broker, worker: Puller) -> None:

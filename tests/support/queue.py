@@ -104,14 +104,15 @@ class Puller:
         *,
         offer: int = 0,
         slots: int = 0,
-        capacity: int | None = None,
+        capacity: int = 0,
     ) -> list[Lease]:
-        """A new claim, with an ``offer`` to be handed jobs."""
+        """A new claim, with an ``offer`` to be handed jobs, of a worker that has no more ``slots`` unless these are
+        said."""
         self.seq += 1
         pools = [(Pool(model), lanes) for model in models]
         claimed = await self.broker.workers.claim(
             self.shard, self.session_id, self.seq, self.turn, n, pools, self.region,
-            offer=offer, received=self.received, slots=slots, capacity=slots if capacity is None else capacity,
+            offer=offer, received=self.received, slots=slots or offer, capacity=capacity,
         )  # fmt: skip
         self.turn += len(claimed.leases)
         return list(claimed.leases)

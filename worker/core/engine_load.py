@@ -22,6 +22,12 @@ _SAMPLE = re.compile(
     re.MULTILINE,
 )
 _CONFIG = re.compile(rb'[{,](block_size|num_gpu_blocks|enable_prefix_caching)="([0-9]{1,12}|False)"')
+_RENAMED = {
+    b"gpu_cache_usage_perc": b"kv_cache_usage_perc",
+    b"gpu_prefix_cache_queries_total": b"prefix_cache_queries_total",
+    b"gpu_prefix_cache_hits_total": b"prefix_cache_hits_total",
+}
+"""vLLM's names before 0.11, and what they are called since."""
 _DEFERRED = b'reason="deferred"'
 """vLLM's word for requests that wait for something else than room."""
 
@@ -36,11 +42,11 @@ def read_load(page: bytes) -> EngineLoad | None:
         if name == b"cache_config_info":
             caches.append(_cache_tokens(labels))
         elif not name.endswith(b"_by_reason"):
-            values.setdefault(name.replace(b"gpu_prefix", b"prefix").replace(b"gpu_cache", b"kv_cache"), []).append(
-                value
-            )
+            values.setdefault(name, []).append(value)
         elif _DEFERRED in labels and 0 <= value <= MAX_REQUESTS:
             deferred += value
+    for old, new in _RENAMED.items():  # some versions tell both
+        values.setdefault(new, values.get(old, []))
     waiting = _total(values.get(b"num_requests_waiting", ()), MAX_REQUESTS)
     if waiting is None:
         return None

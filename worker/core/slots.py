@@ -9,7 +9,7 @@ Rules:
   its time as a parked worker is nearly over.
 * A worker that serves one shard offers all its free slots with a claim. While it is parked, jobs are handed to it in
   these, without a claim: they stay reserved. When they are used up it is parked no more; it claims, and offers anew,
-  once more slots have become free than it still offers.
+  once more slots have become free than it still offers, or its engine's cache has another number.
 * ``total`` may change at any time. Jobs above a lowered one run on, and what was offered stays reserved until a smaller
   offer takes its place: the worker claims for that at once.
 * A slot that a job gave up for an interactive one is claimed for on a turn that looks for such first: lower lanes have
@@ -47,7 +47,7 @@ Pools = tuple[tuple[Pool, tuple[Lane, ...]], ...]
 class Claim:
     """One claim to send: the arguments of ``broker.workers.claim``. ``n`` is 0 for a worker that unparks. ``received``
     is how many jobs had been handed over when it was sent first; ``cache`` is the number of the engine's prefix
-    cache, ``slots`` how many there are in all, ``capacity`` how many there could be; ``given_up``: how many of those
+    cache, ``slots`` how many there are in all, ``capacity`` the most that there may be; ``given_up``: how many of those
     that it asks for were given up for interactive jobs."""
 
     shard: int
@@ -70,6 +70,8 @@ class _Shard:
     turn: int = 0
     under_way: Claim | None = None
     parked_for: Pools | None = None
+    said_cache: int = 0
+    """The number of the engine's cache that the last claim said."""
     woken: bool = False
     claim_again_at: float = -inf
     """While parked: when to claim without being woken (s)."""
@@ -88,8 +90,8 @@ class Slots:
     """The slots of one session and its claims. Times are seconds of one monotonic clock."""
 
     total: int
-    capacity: int = 0
-    """How many jobs the engine is thought to run at once; 0: ``total``."""
+    maximum: int = 0
+    """The most that ``total`` may become; 0: as many as now."""
     busy: int = 0
     ready: bool = False
     """Whether the engine takes calls."""
@@ -232,6 +234,8 @@ class Slots:
     def _due(self, state: _Shard, now: float) -> bool:
         if state.parked_for is None or state.woken or now >= state.claim_again_at:
             return True
+        if state.said_cache != self.cache:  # jobs that are handed over would count as of the old number
+            return True
         if self.free < 0:  # fewer slots than are offered
             return state.reserved > 0
         # More slots than are offered have become free; or another shard needs them.
@@ -254,7 +258,7 @@ class Slots:
 
     def _send(self, shard: int, state: _Shard, slots: int, pools: Pools) -> None:
         state.seq += 1
-        state.woken = False
+        state.woken, state.said_cache = False, self.cache
         while state.given_up and lane_order(state.turn)[0] is not Lane.INTERACTIVE:
             state.turn += 1
         given_up, state.given_up = (state.given_up, 0) if slots else (0, state.given_up)
@@ -269,7 +273,7 @@ class Slots:
             state.received,
             self.cache,
             self.total,
-            self.capacity or self.total,
+            max(self.maximum, self.total),
             given_up,
         )
         # By what it offered before, jobs may be handed over until this claim is answered.

@@ -4,7 +4,7 @@
 -- for what runs at a queue key, which has totals as well.
 -- uses: shard
 
-local COSTS = { ':0:cost', ':1:cost', ':2:cost', ':3:cost' } -- of what waits at a queue key, by band
+local COSTS = { ':r:cost', ':0:cost', ':1:cost', ':2:cost', ':3:cost' } -- of what waits at a queue key: retried, by band
 local CHUNK = 1000 -- Lua passes 8000 arguments at most. Even: HSET takes pairs
 local changes = { budget = {}, counters = {} }
 local known = { budget = {}, counters = {} }
@@ -37,9 +37,9 @@ local function counter(hash, field)
   return known[hash][field] + (changes[hash][field] or 0)
 end
 
--- Which of the ``COSTS`` the jobs of a waiting stream count among: retried ones go first.
+-- Which of the ``COSTS`` the jobs of a waiting stream count among.
 local function cost_kind(queue)
-  return (string.match(queue, '^q:.*(:%d):[^:]*$') or ':0') .. ':cost'
+  return (string.match(queue, '^q:.*(:%d):[^:]*$') or ':r') .. ':cost'
 end
 
 -- What waits at a queue key, in one of its streams, has become one job more (or less, with -1).

@@ -1,12 +1,13 @@
--- Hands new jobs to parked workers. ``offers:<queue key>``: sessions that take jobs there without claiming them, by
--- their load (busy slots over what a worker is thought to run at once: workers with unlike slots are loaded alike); how many
--- each takes is ``free`` in its ``claimed`` hash, and ``given`` counts them. A job travels on the worker's control stream, and is leased from the moment that it is written there.
--- Where a worker holds a job's prefix, and its load is within a bound, it is preferred (``affinity``).
--- uses: affinity, fairness, parking
+-- Hands new jobs to parked workers. ``offers:<queue key>``: sessions that take jobs there without claiming them, by load
+-- (``load_of``); how many each takes is ``free`` in its ``claimed`` hash, and ``given`` counts them. A job travels on the
+-- worker's control stream, and is leased from the moment that it is written there. Where a worker holds a job's prefix, and
+-- its load is within a bound, it is preferred (``affinity``).
+-- uses: affinity, parking
 -- rarely: warmest
 
 local MAX_TAKERS = 16 -- of a queue key, looked at in one call
 local MAX_HANDED_BYTES = 262144 -- a larger envelope waits to be claimed
+local FULL = 1e6 -- a load beyond any: of one that stands among the parked, but offers nothing
 local takers, takers_at = {}, {}
 
 -- The worker behind a session that offers slots; false if it does not any more.
@@ -14,20 +15,23 @@ local function taker(session_id)
   if takers[session_id] == nil then
     local claimed = call('HMGET', P .. 'claimed:' .. session_id, 'free', 'given', 'region', 'stands_until', 'cache', 'slots',
       'capacity')
-    local free = tonumber(claimed[1] or 0)
+    local free, slots = tonumber(claimed[1] or 0), tonumber(claimed[6] or 0)
+    slots = math.max(slots, free)
     takers[session_id] = (free > 0 or claimed[4])
       and { id = session_id, free = free, given = tonumber(claimed[2] or 0), region = claimed[3] or '', stands = claimed[4],
-        cache = cache_of(session_id, claimed[5] or '0'), slots = tonumber(claimed[6] or 0),
-        capacity = tonumber(claimed[7] or claimed[6] or 0), here = 0, keys = {} }
+        cache = cache_of(session_id, claimed[5] or '0'), slots = slots, capacity = math.max(tonumber(claimed[7] or 0), slots),
+        here = 0, keys = {} }
   end
   return takers[session_id]
 end
 
+-- What part of the slots that a worker may have is busy, by its last claim: workers whose slots have grown apart are loaded
+-- alike.
 local function load_of(one)
-  return (one.slots - one.free) / math.max(one.capacity, 1)
+  return (one.slots - one.free) / one.capacity
 end
 
--- The worker with the lowest load among those that offer slots at a queue key.
+-- The worker with the lowest load among those that offer slots at a queue key; of several, the one that offers most.
 local function least_loaded(key)
   takers_at[key] = takers_at[key] or call('ZRANGE', P .. 'offers:' .. key, 0, MAX_TAKERS - 1)
   local best = nil
@@ -36,32 +40,37 @@ local function least_loaded(key)
     if not found then
       gather('ZREM', P .. 'offers:' .. key, session_id)
     elseif found.free == 0 and #takers_at[key] == MAX_TAKERS then
-      gather('ZADD', P .. 'offers:' .. key, '1e9', session_id) -- behind those that still offer slots
+      call('ZADD', P .. 'offers:' .. key, 'XX', FULL, session_id)
     elseif found.free > 0 then
       local less = best and load_of(best) - load_of(found) or 1
-      if less > 0 or less == 0 and found.id < best.id then best = found end
+      local more = best and found.free - best.free or 1
+      if less > 0 or less == 0 and (more > 0 or more == 0 and found.id < best.id) then best = found end
     end
   end
   return best
 end
 
--- How many jobs more a worker could run: more than it offers, if jobs have ended since it claimed, or it may get more slots.
-local function room(one)
+-- The free slots of a worker: more than it offers, if jobs have ended since it claimed.
+local function free_of(one)
   one.leases = one.leases or call('HLEN', P .. 'leases:' .. one.id)
-  return one.capacity - math.min(one.leases + one.here, one.slots - one.free)
+  return math.max(one.slots - one.leases - one.here, one.free)
+end
+
+-- Whether a worker that has ``passed`` digests of a job less than all may be preferred to ``best``: ``takes_warm`` says why.
+local function takes_warm(one, best, total, passed)
+  return 2 * total * (free_of(one) + 1) * best.slots > free_of(best) * (total + passed) * one.slots
 end
 
 -- The freest of the workers that hold a job's longest known prefix; nil if they are loaded too much beside ``best``.
 local function warmest(key, digests, best)
-  local found, most = nil, 0
+  local found, most, total = nil, 0, #digests / DIGEST_CHARS
   read_warm({ digests }, MAX_DIGESTS)
   local held, passed = match_prefix(digests, MAX_DIGESTS)
   for session_id in string.gmatch(held or '', '(%S+)#%d*') do
     local holder = taker(session_id)
-    if holder and holder.free > 0 and is_holder(held, holder.cache) and call('ZSCORE', P .. 'offers:' .. key, holder.id) and room(holder) > most
-      and 2 * #digests * (room(holder) + 1) * math.max(best.capacity, 1)
-      > room(best) * (#digests + passed * DIGEST_CHARS) * math.max(holder.capacity, 1) then
-      found, most = holder, room(holder)
+    if holder and holder.free > 0 and is_holder(held, holder.cache) and call('ZSCORE', P .. 'offers:' .. key, holder.id)
+      and free_of(holder) > most and takes_warm(holder, best, total, passed) then
+      found, most = holder, free_of(holder)
     end
   end
   return found
@@ -99,7 +108,7 @@ local function write_offers()
       call('HSET', P .. 'claimed:' .. one.id, 'free', int(one.free), 'given', int(one.given))
       for key in pairs(one.keys) do
         -- Their order matters only where not all of them are looked at.
-        if #takers_at[key] == MAX_TAKERS then call('ZADD', P .. 'offers:' .. key, 'XX', exact(load_of(one)), one.id) end
+        if #takers_at[key] == MAX_TAKERS then call('ZADD', P .. 'offers:' .. key, 'XX', string.format('%.9f', load_of(one)), one.id) end
       end
     end
   end

@@ -8,13 +8,19 @@ local LANES = { 'interactive', 'background', 'batch' }
 local is_pool_read = {}
 local own_jobs = {} -- by waiting stream: how many wait there, as far as this call has asked
 
--- What waits at a queue key costs in all, before a band, within it, and in how many bands behind it something waits.
-local function costs_around(key, band)
-  local all, before, within, behind = 0, 0, 0, 0
-  for i, kind in ipairs(COSTS) do
-    local cost, off = counter('counters', key .. kind), i - 1 - band
-    all, before, within = all + cost, off < 0 and before + cost or before, off == 0 and cost or within
-    if off > 0 and cost > 0 then behind = behind + 1 end
+-- What waits at a queue key costs in all, before one of the ``COSTS``, in it, and in how many behind it something waits.
+local function costs_around(key, own_kind)
+  local all, before, within, behind, is_before = 0, 0, 0, 0, true
+  for _, kind in ipairs(COSTS) do
+    local cost = math.max(counter('counters', key .. kind), 0)
+    all = all + cost
+    if kind == own_kind then
+      within, is_before = cost, false
+    elseif is_before then
+      before = before + cost
+    elseif cost > 0 then
+      behind = behind + 1
+    end
   end
   return all, before, within, behind
 end
@@ -37,26 +43,26 @@ local function predicted_wait(job, own)
     if lane == lane_of then
       is_above = false
     elseif is_above then
-      ahead, jobs = ahead + costs_around(at, 0), jobs + waiting(at)
+      ahead, jobs = ahead + costs_around(at), jobs + waiting(at)
     elseif waiting(at) > 0 then
       below = below + 1
     end
   end
-  local at, is_new = queue_key(job), string.sub(job.queue, 1, 2) == 'q:' or job.queue == ''
-  local in_lane, tenants, band = waiting(at), 1, is_new and job.band or '0'
-  local all, before, within, behind = costs_around(at, tonumber(band))
+  local at = queue_key(job)
+  local of_band, is_new = at .. ':' .. job.band, job.queue == '' or string.sub(job.queue, 1, 2) == 'q:'
+  local in_lane, tenants = waiting(at), 1
+  local all, before, within, behind = costs_around(at, is_new and ':' .. job.band .. ':cost' or ':r:cost')
   if in_lane > 0 and all > 0 then
     if is_new then
-      local of_band = at .. ':' .. band
       local queue = 'q:' .. of_band .. ':' .. job.tenant
       own = own or own_jobs[queue] or call('XLEN', P .. queue)
       own_jobs[queue], tenants = own, tenants_waiting(of_band)
     end
     local mean = all / in_lane
-    within = math.min((own or 0) * tenants * mean, within)
-    within = (within + math.min(before, (within + mean) * (BAND_CYCLE - 1))) * BAND_CYCLE / (BAND_CYCLE - behind)
-    within = math.min(within, all)
-    ahead, jobs = ahead + within, jobs + math.floor(within / mean + 0.5)
+    local level = math.min((own or 0) * tenants * mean, within)
+    local cost = level + math.min(before, (level + mean) * (BAND_CYCLE - 1))
+    cost = math.min(cost * BAND_CYCLE / (BAND_CYCLE - behind), all)
+    ahead, jobs = ahead + cost, jobs + math.floor(cost / mean + 0.5)
   end
   if sums[':ran'] < KNOWN_JOBS or sums[':ran_cost'] < 1 or sums[':leased'] < 1 then return nil, jobs end
   local pace, half = sums[':ran_ms'] / sums[':ran_cost'], sums[':ran_ms'] / sums[':ran'] / 2

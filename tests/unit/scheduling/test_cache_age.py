@@ -42,9 +42,13 @@ def test_what_was_stored_before_the_first_reading_tells_nothing() -> None:
     assert rises_of(stored(10**6), stored(10**6 + 999)) == [0, 0]
 
 
-def test_an_engine_that_counts_anew_is_measured_from_there() -> None:
-    """Its restart is noticed otherwise."""
-    assert rises_of(stored(10**6), stored(100), stored(1_099), stored(1_100)) == [0, 0, 0, 1]
+def test_an_engine_that_counts_anew_has_another_cache() -> None:
+    assert rises_of(stored(10**6), stored(100), stored(1_099), stored(1_100)) == [0, GENERATIONS, 0, 1]
+
+
+def test_a_page_that_lacks_a_figure_once_changes_nothing() -> None:
+    full = stored(100, generated=9_000)
+    assert rises_of(full, replace(full, generated=None), full) == [0, 0, 0]
 
 
 def test_much_at_once_makes_all_cold() -> None:
@@ -59,11 +63,11 @@ def test_a_cache_of_nothing_forgets_at_once() -> None:
 
 
 def test_requests_that_fill_the_cache_leave_some_room() -> None:
-    full = [stored(tokens, kv_usage=1.0) for tokens in (0, 9, 10)]
+    full = [stored(tokens, kv_usage=1.0) for tokens in (0, 99, 100)]
     assert rises_of(*full) == [0, 0, 1]
 
 
-@pytest.mark.parametrize("unknown", ["cache_tokens", "prefix_queries", "prefix_hits"])
+@pytest.mark.parametrize("unknown", ["cache_tokens", "prefix_queries", "prefix_hits", "generated"])
 def test_without_these_figures_nothing_is_forgotten(unknown: str) -> None:
     one = {unknown: None}
     assert rises_of(replace(LOAD, **one), replace(stored(10**9), **one), None) == [0, 0, 0]  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from queue_schemas.lanes import BAND_CYCLE, BANDS, Lane, band_order
-from scheduling.prediction import FADE_MS, KNOWN_JOBS, RATE_JOBS, LaneState, Rate, place_of
+from scheduling.prediction import FADE_MS, KNOWN_JOBS, RATE_JOBS, RETRIED, LaneState, Rate, place_of
 
 
 def served(rate: Rate, jobs: int, run_ms: int, at_ms: int) -> Rate:
@@ -51,7 +51,7 @@ def test_a_mean_lies_between_what_was_seen(jobs: list[tuple[int, int, int]]) -> 
 
 def jobs_ahead(bands: list[int], band: int, cost: int = 10) -> int | None:
     """Of the last of those that wait in ``band``, by one tenant."""
-    costs = tuple(cost * bands.count(one) for one in range(BANDS))
+    costs = tuple(cost * bands.count(one) for one in range(RETRIED, BANDS))
     state = LaneState(len(bands), costs, 1, served(Rate(), KNOWN_JOBS, 100, 0))
     return place_of({Lane.INTERACTIVE: state}, Lane.INTERACTIVE, band, max(bands.count(band) - 1, 0), 1).jobs_ahead
 
@@ -83,7 +83,12 @@ def test_a_job_behind_a_flood_of_urgent_ones_waits_for_its_turn() -> None:
     assert jobs_ahead([3] * 5_000 + [2], 2) == 0
 
 
+def test_retried_jobs_go_before_every_band() -> None:
+    assert jobs_ahead([RETRIED] * 5, 0) == jobs_ahead([RETRIED] * 5 + [3], 3) == 5
+    assert jobs_ahead([RETRIED] * 5 + [0, 0], RETRIED) == 4
+
+
 def test_a_lane_that_says_nothing_of_its_cost_is_not_divided_by() -> None:
     """As counters that were lost may."""
-    state = LaneState(5, (0,) * BANDS, 1, served(Rate(), KNOWN_JOBS, 100, 0))
+    state = LaneState(5, (0,) * (1 + BANDS), 1, served(Rate(), KNOWN_JOBS, 100, 0))
     assert place_of({Lane.BATCH: state}, Lane.BATCH, 2, 5, 1).jobs_ahead == 0

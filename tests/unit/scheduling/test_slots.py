@@ -21,7 +21,6 @@ from scheduling.slots import (
     SlotBounds,
     SlotState,
     asks_now,
-    capacity_of,
     first_state,
     next_state,
 )
@@ -269,19 +268,21 @@ def test_a_limit_doubles_until_the_first_sign_of_overload() -> None:
     assert max(grown(0.1, state)) < 32
 
 
-def test_an_engine_is_thought_to_run_what_it_may_be_given_until_it_was_too_much() -> None:
-    """Without readings, no more than the limit."""
-    bounds = SlotBounds(16, 64)
-    state = first_state(bounds)
-    assert capacity_of(state, bounds) == 16
-    state = next_state(state, bounds, EngineLoad(0, 3, 0.1), busy=3, all_in_use=False)
-    assert (state.limit, capacity_of(state, bounds)) == (16, 64)
-    for _ in range(2):
-        state = next_state(state, bounds, EngineLoad(4, 12, 0.1), busy=16, all_in_use=True)
-    assert (state.limit, capacity_of(state, bounds)) == (12, 12)
-    for _ in range(4):
+def test_after_a_doubling_it_is_probed_by_ones() -> None:
+    """Where the KV cache has no room for another one."""
+    state, bounds, limits = SlotState(32), SlotBounds(32, 256), []
+    for kv_usage in (0.1, 0.1, 0.5, 0.5, 0.5, 0.5):
+        state = next_state(state, bounds, EngineLoad(0, 16, kv_usage), busy=state.limit, all_in_use=True)
+        limits.append(state.limit)
+    assert limits == [32, 64, 64, 65, 65, 67]
+
+
+def test_missing_readings_do_not_let_it_forget_an_overload() -> None:
+    """An engine that answers late is often one that has too much to do."""
+    state, bounds = SlotState(64, overloaded=True, backoff=3), SlotBounds(16, 256)
+    for _ in range(MISSES_ALLOWED + 1):
         state = next_state(state, bounds, None, busy=16, all_in_use=True)
-    assert (state.limit, capacity_of(state, bounds)) == (16, 16)
+    assert (state.limit, state.overloaded, state.backoff) == (16, True, 3)
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,15 @@ def test_what_a_cache_holds_is_read(lines: list[str], tokens: int | None) -> Non
     assert read_load(page) == EngineLoad(1, cache_tokens=tokens)
 
 
+def test_a_figure_under_two_names_counts_once() -> None:
+    """As vLLM told some while it renamed them."""
+    lines = ["num_requests_waiting 1"]
+    for prefix, old in (("", 7), ("gpu_", 8)):
+        lines += [f"{prefix}prefix_cache_queries_total {old}", f"{prefix}prefix_cache_hits_total {old - 5}"]
+    page = "".join(f"vllm:{line}\n" for line in lines).encode()
+    assert read_load(page) == EngineLoad(1, prefix_queries=7, prefix_hits=2)
+
+
 def test_engine_cores_are_added_up() -> None:
     """Of several KV caches the fullest counts: it preempts first."""
     page = b"".join(

@@ -541,3 +541,18 @@ def test_an_engine_that_stopped_begins_with_an_empty_cache() -> None:
     again = slots.next_claim(0, 30.0)
     assert again is not None
     assert again.cache == GENERATIONS
+
+
+def test_a_parked_worker_says_that_its_cache_has_forgotten() -> None:
+    """Jobs that are handed to it count as of the number that it said last."""
+    slots = ready_slots(4)
+    claim = slots.next_claim(0, 0.0)
+    assert claim is not None
+    slots.answered(claim, Claimed(parked=True, offered=4), 0.0)
+    assert slots.next_claim(0, 1.0) is None
+    slots.cache += 1
+    again = slots.next_claim(0, 1.0)
+    assert again is not None
+    assert (again.cache, again.offer) == (1, 4)
+    slots.answered(again, Claimed(parked=True, offered=4), 1.0)
+    assert slots.next_claim(0, 2.0) is None

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 MAX_TEXT_BYTES = 32 * 1024
 MAX_CPU_S = 1.0
 """Processor time for one request, over all attempts: a bound on what a contradictory or huge constraint costs."""
-ATTEMPTS = 48
+ATTEMPTS = 256
 NARROW_ATTEMPTS = 9
 _EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "date": ("2024-02-29", "2025-06-30"),
