@@ -111,17 +111,21 @@ def _restored_logging() -> Iterator[None]:
     root.setLevel(level)
 
 
+QUICK = ("--hz", "100")
+"""A server that looks each 10 ms, not 100, whether a read has waited long enough: many tests read that nothing came."""
+
+
 @pytest.fixture(scope="session")
 def valkey_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One Valkey 9 for the whole session. Use ``valkey``, which empties it first."""
-    with Server(server_binary(), tmp_path_factory.mktemp("valkey")) as server:
+    with Server(server_binary(), tmp_path_factory.mktemp("valkey"), QUICK) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def redis7_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One Redis 7.0 for the whole session. Use ``redis7``, which empties it first."""
-    with Server(server_binary("redis"), tmp_path_factory.mktemp("redis7")) as server:
+    with Server(server_binary("redis"), tmp_path_factory.mktemp("redis7"), QUICK) as server:
         yield server
 
 
