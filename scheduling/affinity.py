@@ -169,8 +169,8 @@ def takes_warm(match: Match, free: int, slots: int, most_free: int, of_most: int
     load, with ``most_free`` of ``of_most``.
 
     The bound on its load, as in consistent hashing with bounded loads (Mirrokni, Thorup, Zadimoghaddam, SODA 2018),
-    here in free slots, rounded in the worker's favour: half as many suffice for the longest prefix, all but one must be
-    free for a short part of it.
+    here in the part of the slots that is free, rounded in the worker's favour by one slot: half as much suffices for
+    the longest prefix, all but a slot must be free for a short part of it.
     """
     here, best = 2 * match.total * (free + 1) * of_most, most_free * (match.total + match.passed) * slots
     return free > 0 and here > best

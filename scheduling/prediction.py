@@ -5,8 +5,8 @@ late for each unit of what *they* were thought to cost: estimates that are wrong
 are taken now work on that together; the first of them becomes free after half a job, on average.
 
 * What waits in the lanes above goes first. The lanes below have a turn each in every ``LANE_CYCLE`` while they wait.
-* Within the lane, retried jobs go first, and the bands before its own; but its own band has a turn in every
-  ``BAND_CYCLE``, as have those behind it.
+* Within the lane, retried jobs and the bands before its own go first; but new jobs have a turn in every ``BAND_STEP``,
+  and its own band, as those behind it, in every ``BAND_CYCLE``.
 * Tenants take turns (:mod:`scheduling.fairness`): of its own band go those of its own tenant before it, and as much of
   each other's, but no more than waits there.
 * Until ``KNOWN_JOBS`` have ended, and while nothing runs (no worker, or none has taken anything), nothing is predicted.
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from queue_schemas.lanes import BAND_CYCLE, BANDS, LANE_CYCLE, LANES, Lane
+from queue_schemas.lanes import BAND_CYCLE, BAND_STEP, BANDS, LANE_CYCLE, LANES, Lane
 from queue_schemas.records import record
 
 RATE_JOBS = 64
@@ -30,7 +30,7 @@ KNOWN_JOBS = 8
 none, until new jobs end."""
 
 RETRIED = -1
-"""The band of jobs that wait again, which go before all others."""
+"""The band of jobs that wait again, which go before all others but for every ``BAND_STEP``-th turn."""
 MAX_WAIT_MS = 10_000_000_000
 """A longer wait is told as this one (about 16 weeks): no deadline is as far away."""
 
@@ -119,8 +119,14 @@ def _before(here: LaneState, band: int, own: int, tenants: int) -> tuple[int, fl
     at, mean = band - RETRIED, total / here.waiting
     behind = sum(cost > 0 for cost in costs[at + 1 :])
     level = min(own * tenants * mean, costs[at])
-    cost = level + min(sum(costs[:at]), (level + mean) * (BAND_CYCLE - 1))
-    cost = min(cost * BAND_CYCLE / (BAND_CYCLE - behind), total)
+    if band == RETRIED:
+        cost = level * BAND_STEP / (BAND_STEP - 1) if behind else level
+    else:
+        bands = sum(costs[1:at])
+        retried = min(costs[0], (BAND_STEP - 1) * (bands + level + mean))
+        cost = level + min(bands + retried, (BAND_CYCLE - 1) * (level + mean))
+        cost = cost * BAND_CYCLE / (BAND_CYCLE - behind)
+    cost = min(cost, total)
     return int(cost / mean + 0.5), cost
 
 

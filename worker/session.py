@@ -44,14 +44,14 @@ class WorkerSession:
     def __init__(self, context: WorkerContext, session_id: SessionId) -> None:
         settings = context.settings
         self.session_id = session_id
-        bounds = SlotBounds(settings.slots, settings.max_slots or settings.slots)
-        self.slots = Slots(settings.slots, bounds.maximum if settings.engine_load_interval_ms else 0)
+        self.slots = Slots(settings.slots)
         self.load_monitor = LoadMonitor(
             context.engine,
             self.slots,
-            bounds,
+            SlotBounds(settings.slots, settings.max_slots or settings.slots),
             settings.engine_load_interval_ms / 1000,
-            self._load_changed,
+            limit_changed=self._limit_changed,
+            cache_changed=self._reconsider,
         )
         self.broker_ok = False
         self._context = context
@@ -244,8 +244,7 @@ class WorkerSession:
             self._watchdog.ticked_at = time.monotonic()
             attempts.stop_late(now())
             attempts.stop_stalled(now(), timeouts)
-            for shard in self.slots.shards_due(now()):
-                self._consumers[shard].check_for_work()
+            self._reconsider()  # also for a shard that found no free slot while another one's claim was under way
 
     async def _finish(self) -> None:
         """Claim no more, let running jobs end, hand the rest back, leave."""
@@ -307,7 +306,7 @@ class WorkerSession:
             self._consumers[shard].reschedule()
         self._reconsider()
 
-    def _load_changed(self) -> None:
+    def _limit_changed(self) -> None:
         self._reconsider()
         self._membership.notify()
 

@@ -76,7 +76,10 @@ local function count_streams()
     local key = keys[(math.floor(now / 1000) + i) % #keys + 1]
     local queues, are_all = streams_at(key, MAX_COUNTED_TENANTS)
     local waits, cost = 0, 0
-    for _, kind in ipairs(COSTS) do cost = cost + counter('counters', key .. kind) end
+    for _, kind in ipairs(COSTS) do
+      local known = counter('counters', key .. kind)
+      cost = known < 0 and -math.huge or cost + known
+    end
     for _, queue in ipairs(are_all and queues or {}) do waits = waits + call('XLEN', P .. queue) end
     if are_all and (waits <= MAX_ENTRIES or waits ~= waiting(key) or cost < waits) then
       correct('counters', key .. ':waiting', waits)

@@ -17,7 +17,7 @@
 local session_id, seq, worker_turn, wanted = ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
 local offer, received = tonumber(ARGV[6]), tonumber(ARGV[7])
 local attempt_base, park_ms, region = ARGV[8], tonumber(ARGV[9]), ARGV[10]
-local cache, slots, capacity = cache_of(session_id, ARGV[11]), ARGV[12], ARGV[13]
+local cache, slots, capacity = cache_of(session_id, ARGV[11]), tonumber(ARGV[12]), tonumber(ARGV[13])
 local MAX_SKIPPED = 64
 local MAX_BYTES = 8 * 1024 * 1024 -- of envelopes in one reply
 local MANY_QUEUES = 48 -- from here on a worker's entries among the parked stand for half of park_ms
@@ -215,7 +215,7 @@ elseif #held < wanted then
   free, parked_at = math.max(offer - on_their_way - #held, 0), table.concat(local_keys, ' ')
   local stands = free > 0 and last[3] == parked_at and tonumber(last[7] or 0) > now
   if last[3] ~= parked_at or free == 0 then unpark(session_id, last[3]) end
-  local load = string.format('%.9f', math.max(tonumber(slots) - free, 0) / math.max(tonumber(capacity), free, 1))
+  local load = string.format('%.9f', load_of(slots, free, capacity))
   for _, key in ipairs(stands and {} or local_keys) do
     call('ZADD', P .. 'parked:' .. key, int(now + park_ms), session_id)
     if free > 0 then call('ZADD', P .. 'offers:' .. key, load, session_id) end
@@ -230,7 +230,7 @@ else
 end
 if last[8] then call('HDEL', claimed_key, 'full') end
 answer[2], answer[4] = parked_at and 1 or 0, free
-call('HSET', claimed_key, 'seq', seq, 'jobs', table.concat(held, ' '), 'free', int(free), 'cache', ARGV[11], 'slots', slots,
-  'capacity', capacity, unpack(parked_at and { 'parked', parked_at } or {}))
+call('HSET', claimed_key, 'seq', seq, 'jobs', table.concat(held, ' '), 'free', int(free), 'cache', ARGV[11],
+  'slots', ARGV[12], 'capacity', ARGV[13], unpack(parked_at and { 'parked', parked_at } or {}))
 if region ~= '' then call('HSET', claimed_key, 'region', region) end
 return write_counters_and_return(answer)

@@ -106,8 +106,7 @@ class Workers:
         ``JOB``: up to ``offer``, what this claim gives included. ``received`` is how many of these the session has
         read on the shard: those on their way count among ``n``. ``cache`` rises as the engine's prefix cache
         forgets: what the session ran two numbers before is not warm any more. ``slots`` are the worker's in all, busy
-        ones too, ``capacity`` is how many it is thought to be able to run: jobs go to the worker of which the least
-        part is busy.
+        ones too, ``capacity`` is the most that there may be: jobs go to the worker of which the least part is busy.
         Raises ``Fenced`` if the session was declared dead.
         """
         keys = self._keys[shard]

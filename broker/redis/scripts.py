@@ -30,7 +30,7 @@ _RULES: Mapping[str, tuple[ModuleType, tuple[str, ...]]] = {
     "arrivals": (arrivals, ("WINDOW_MS", "LOOK_MS")),
     "prediction": (
         prediction,
-        ("RATE_JOBS", "FADE_MS", "KNOWN_JOBS", "MAX_WAIT_MS", "LANE_CYCLE", "BAND_CYCLE"),
+        ("RATE_JOBS", "FADE_MS", "KNOWN_JOBS", "MAX_WAIT_MS", "LANE_CYCLE", "BAND_STEP", "BAND_CYCLE"),
     ),
 }
 """Constants that scripts share with the functions that say the same."""

@@ -138,7 +138,7 @@ class Run:
     def order(self) -> tuple[float, int]:
         """Where it stands among those that are handed work: by its load, then by what it offers."""
         slots = max(self.slots, self.offered)
-        return (slots - self.offered) / max(self.capacity, slots), -self.offered
+        return (slots - self.offered) / max(self.capacity, slots, 1), -self.offered
 
 
 class DeadLetter(NamedTuple):

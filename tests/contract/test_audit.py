@@ -132,6 +132,9 @@ async def test_the_cost_of_very_many_jobs_is_estimated(real_backend: ServerBacke
         cost = next(name for name in await client.hkeys(KEYS.counters) if name.endswith(b":cost"))
         await client.hincrby(KEYS.counters, cost, 99)  # may be right
         assert await audited(broker) == 0
+        await client.hset(KEYS.counters, cost.replace(b":2:", b":r:"), -1)  # beside a sum that may be right
+        assert await audited(broker) >= 1
+        assert b":r:cost" not in b" ".join(await client.hkeys(KEYS.counters))
         await client.hset(KEYS.counters, cost, 5_999)  # not of 6,000 jobs
         assert await audited(broker) == 1
         assert (await broker.stats.depths())[MODEL][Lane.INTERACTIVE].cost == pytest.approx(right.cost, rel=0.05)

@@ -81,7 +81,7 @@ async def test_the_scripts_predict_what_the_functions_predict(broker: Broker, wo
 
 
 async def test_retried_jobs_go_before_a_job(broker: Broker, worker: Puller) -> None:
-    """Of any band; each of them waits for those that were retried before it."""
+    """But for every fourth turn; each of them waits for those that were retried before it."""
     rate = await observed(broker, worker)
     leases = await running(broker, worker, 6)
     for lease in leases[:4]:
@@ -90,7 +90,7 @@ async def test_retried_jobs_go_before_a_job(broker: Broker, worker: Puller) -> N
     enqueued = await broker.jobs.start_enqueue(fresh)
     state = LaneState(4, (4 * COST, 0, 0, 0, 0), 2, rate)
     place = place_of({Lane.INTERACTIVE: state}, Lane.INTERACTIVE, 0, 0, 0)
-    assert (enqueued.predicted_ms, place.jobs_ahead) == (place.wait_ms, 4)
+    assert (enqueued.predicted_ms, place.jobs_ahead) == (place.wait_ms, 3)
     (second,) = await broker.jobs.places([leases[1].job.id])
     assert second is not None
     assert second.jobs_ahead == 1

@@ -9,7 +9,8 @@ Rules:
   its time as a parked worker is nearly over.
 * A worker that serves one shard offers all its free slots with a claim. While it is parked, jobs are handed to it in
   these, without a claim: they stay reserved. When they are used up it is parked no more; it claims, and offers anew,
-  once more slots have become free than it still offers, or its engine's cache has another number.
+  once more slots have become free than it still offers. It also claims for what the queue hands over by: another
+  number of its engine's cache, or more slots that it may have.
 * ``total`` may change at any time. Jobs above a lowered one run on, and what was offered stays reserved until a smaller
   offer takes its place: the worker claims for that at once.
 * A slot that a job gave up for an interactive one is claimed for on a turn that looks for such first: lower lanes have
@@ -21,7 +22,6 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import inf
 
@@ -70,8 +70,8 @@ class _Shard:
     turn: int = 0
     under_way: Claim | None = None
     parked_for: Pools | None = None
-    said_cache: int = 0
-    """The number of the engine's cache that the last claim said."""
+    said: tuple[int, int] = (0, 0)
+    """The number of the engine's cache and the capacity that the last claim told."""
     woken: bool = False
     claim_again_at: float = -inf
     """While parked: when to claim without being woken (s)."""
@@ -91,7 +91,7 @@ class Slots:
 
     total: int
     maximum: int = 0
-    """The most that ``total`` may become; 0: as many as now."""
+    """The most that ``total`` may become; 0: it stays."""
     busy: int = 0
     ready: bool = False
     """Whether the engine takes calls."""
@@ -106,6 +106,11 @@ class Slots:
     def free(self) -> int:
         """Below 0 where more are in use than there are now."""
         return self.total - self.busy - sum(state.reserved for state in self._shards.values())
+
+    @property
+    def capacity(self) -> int:
+        """What the worker's load is measured by."""
+        return max(self.maximum, self.total)
 
     @property
     def all_in_use(self) -> bool:
@@ -212,10 +217,6 @@ class Slots:
         may_claim = self.ready and not self.draining and state.pools and self._available(state) > 0
         return state.claim_again_at if may_claim and state.parked_for is not None else None
 
-    def shards_due(self, now: float) -> Sequence[int]:
-        """Shards that have waited long enough to claim without being woken."""
-        return [shard for shard, state in self._shards.items() if state.parked_for and now >= state.claim_again_at]
-
     def _shard(self, shard: int) -> _Shard:
         return self._shards.setdefault(shard, _Shard())
 
@@ -234,7 +235,7 @@ class Slots:
     def _due(self, state: _Shard, now: float) -> bool:
         if state.parked_for is None or state.woken or now >= state.claim_again_at:
             return True
-        if state.said_cache != self.cache:  # jobs that are handed over would count as of the old number
+        if state.reserved and state.said != (self.cache, self.capacity):  # jobs are handed over by these
             return True
         if self.free < 0:  # fewer slots than are offered
             return state.reserved > 0
@@ -258,7 +259,7 @@ class Slots:
 
     def _send(self, shard: int, state: _Shard, slots: int, pools: Pools) -> None:
         state.seq += 1
-        state.woken, state.said_cache = False, self.cache
+        state.woken, state.said = False, (self.cache, self.capacity)
         while state.given_up and lane_order(state.turn)[0] is not Lane.INTERACTIVE:
             state.turn += 1
         given_up, state.given_up = (state.given_up, 0) if slots else (0, state.given_up)
@@ -273,7 +274,7 @@ class Slots:
             state.received,
             self.cache,
             self.total,
-            max(self.maximum, self.total),
+            self.capacity,
             given_up,
         )
         # By what it offered before, jobs may be handed over until this claim is answered.

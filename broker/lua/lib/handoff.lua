@@ -1,7 +1,7 @@
 -- Hands new jobs to parked workers. ``offers:<queue key>``: sessions that take jobs there without claiming them, by load
 -- (``load_of``); how many each takes is ``free`` in its ``claimed`` hash, and ``given`` counts them. A job travels on the
--- worker's control stream, and is leased from the moment that it is written there. Where a worker holds a job's prefix, and
--- its load is within a bound, it is preferred (``affinity``).
+-- worker's control stream, and is leased from the moment that it is written there. Where a worker holds a job's prefix,
+-- and its load is within a bound, it is preferred (``affinity``).
 -- uses: affinity, parking
 -- rarely: warmest
 
@@ -15,23 +15,23 @@ local function taker(session_id)
   if takers[session_id] == nil then
     local claimed = call('HMGET', P .. 'claimed:' .. session_id, 'free', 'given', 'region', 'stands_until', 'cache', 'slots',
       'capacity')
-    local free, slots = tonumber(claimed[1] or 0), tonumber(claimed[6] or 0)
-    slots = math.max(slots, free)
+    local free = tonumber(claimed[1] or 0)
     takers[session_id] = (free > 0 or claimed[4])
       and { id = session_id, free = free, given = tonumber(claimed[2] or 0), region = claimed[3] or '', stands = claimed[4],
-        cache = cache_of(session_id, claimed[5] or '0'), slots = slots, capacity = math.max(tonumber(claimed[7] or 0), slots),
-        here = 0, keys = {} }
+        cache = cache_of(session_id, claimed[5] or '0'), slots = math.max(tonumber(claimed[6] or 0), free),
+        capacity = tonumber(claimed[7] or 0), here = 0, keys = {} }
   end
   return takers[session_id]
 end
 
--- What part of the slots that a worker may have is busy, by its last claim: workers whose slots have grown apart are loaded
--- alike.
-local function load_of(one)
-  return (one.slots - one.free) / one.capacity
+-- Whether one worker is handed work before another: the one with the lower load, then the one that offers more.
+local function goes_before(one, other)
+  local load, load_there = load_of(one.slots, one.free, one.capacity), load_of(other.slots, other.free, other.capacity)
+  if load ~= load_there then return load < load_there end
+  return one.free > other.free or one.free == other.free and one.id < other.id
 end
 
--- The worker with the lowest load among those that offer slots at a queue key; of several, the one that offers most.
+-- The worker that is handed work first among those that offer slots at a queue key.
 local function least_loaded(key)
   takers_at[key] = takers_at[key] or call('ZRANGE', P .. 'offers:' .. key, 0, MAX_TAKERS - 1)
   local best = nil
@@ -39,26 +39,25 @@ local function least_loaded(key)
     local found = taker(session_id)
     if not found then
       gather('ZREM', P .. 'offers:' .. key, session_id)
-    elseif found.free == 0 and #takers_at[key] == MAX_TAKERS then
-      call('ZADD', P .. 'offers:' .. key, 'XX', FULL, session_id)
     elseif found.free > 0 then
-      local less = best and load_of(best) - load_of(found) or 1
-      local more = best and found.free - best.free or 1
-      if less > 0 or less == 0 and (more > 0 or more == 0 and found.id < best.id) then best = found end
+      if not best or goes_before(found, best) then best = found end
+    elseif found.stands and not found.is_last and #takers_at[key] == MAX_TAKERS then
+      call('ZADD', P .. 'offers:' .. key, 'XX', FULL, session_id)
+      found.is_last = true
     end
   end
   return best
 end
 
--- The free slots of a worker: more than it offers, if jobs have ended since it claimed.
-local function free_of(one)
+-- The slots of a worker that are free now: more than it offers, if jobs have ended since it claimed.
+local function free_now(one)
   one.leases = one.leases or call('HLEN', P .. 'leases:' .. one.id)
   return math.max(one.slots - one.leases - one.here, one.free)
 end
 
 -- Whether a worker that has ``passed`` digests of a job less than all may be preferred to ``best``: ``takes_warm`` says why.
 local function takes_warm(one, best, total, passed)
-  return 2 * total * (free_of(one) + 1) * best.slots > free_of(best) * (total + passed) * one.slots
+  return 2 * total * (free_now(one) + 1) * best.slots > free_now(best) * (total + passed) * one.slots
 end
 
 -- The freest of the workers that hold a job's longest known prefix; nil if they are loaded too much beside ``best``.
@@ -69,8 +68,8 @@ local function warmest(key, digests, best)
   for session_id in string.gmatch(held or '', '(%S+)#%d*') do
     local holder = taker(session_id)
     if holder and holder.free > 0 and is_holder(held, holder.cache) and call('ZSCORE', P .. 'offers:' .. key, holder.id)
-      and free_of(holder) > most and takes_warm(holder, best, total, passed) then
-      found, most = holder, free_of(holder)
+      and free_now(holder) > most and takes_warm(holder, best, total, passed) then
+      found, most = holder, free_now(holder)
     end
   end
   return found
@@ -108,7 +107,7 @@ local function write_offers()
       call('HSET', P .. 'claimed:' .. one.id, 'free', int(one.free), 'given', int(one.given))
       for key in pairs(one.keys) do
         -- Their order matters only where not all of them are looked at.
-        if #takers_at[key] == MAX_TAKERS then call('ZADD', P .. 'offers:' .. key, 'XX', string.format('%.9f', load_of(one)), one.id) end
+        if #takers_at[key] == MAX_TAKERS then call('ZADD', P .. 'offers:' .. key, 'XX', string.format('%.9f', load_of(one.slots, one.free, one.capacity)), one.id) end
       end
     end
   end

@@ -34,6 +34,11 @@ local function is_parked_at(key, now)
   return false
 end
 
+-- What part of the slots that a worker may have is busy, by its claim: workers whose slots have grown apart are loaded alike.
+local function load_of(slots, free, capacity)
+  return math.max(slots - free, 0) / math.max(capacity, slots, free, 1)
+end
+
 -- ``parked``: the queue keys at which a worker is parked, as its ``claimed`` hash says them.
 local function unpark(session_id, parked)
   if not parked then return end

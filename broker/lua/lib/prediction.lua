@@ -8,21 +8,24 @@ local LANES = { 'interactive', 'background', 'batch' }
 local is_pool_read = {}
 local own_jobs = {} -- by waiting stream: how many wait there, as far as this call has asked
 
--- What waits at a queue key costs in all, before one of the ``COSTS``, in it, and in how many behind it something waits.
+-- What waits at a queue key costs: in all, and of the ``COSTS`` the retried, those between these and ``own_kind``, this one,
+-- and in how many behind it something waits.
 local function costs_around(key, own_kind)
-  local all, before, within, behind, is_before = 0, 0, 0, 0, true
-  for _, kind in ipairs(COSTS) do
+  local all, retried, before, within, behind, is_before = 0, 0, 0, 0, 0, true
+  for i, kind in ipairs(COSTS) do
     local cost = math.max(counter('counters', key .. kind), 0)
     all = all + cost
     if kind == own_kind then
       within, is_before = cost, false
+    elseif i == 1 then
+      retried = cost
     elseif is_before then
       before = before + cost
     elseif cost > 0 then
       behind = behind + 1
     end
   end
-  return all, before, within, behind
+  return all, retried, before, within, behind
 end
 
 -- Of a job that comes to its queue key now, or before which ``own`` of its stream wait: the ms until it starts, nil if too
@@ -51,7 +54,7 @@ local function predicted_wait(job, own)
   local at = queue_key(job)
   local of_band, is_new = at .. ':' .. job.band, job.queue == '' or string.sub(job.queue, 1, 2) == 'q:'
   local in_lane, tenants = waiting(at), 1
-  local all, before, within, behind = costs_around(at, is_new and ':' .. job.band .. ':cost' or ':r:cost')
+  local all, retried, bands, within, behind = costs_around(at, is_new and ':' .. job.band .. ':cost' or ':r:cost')
   if in_lane > 0 and all > 0 then
     if is_new then
       local queue = 'q:' .. of_band .. ':' .. job.tenant
@@ -60,8 +63,13 @@ local function predicted_wait(job, own)
     end
     local mean = all / in_lane
     local level = math.min((own or 0) * tenants * mean, within)
-    local cost = level + math.min(before, (level + mean) * (BAND_CYCLE - 1))
-    cost = math.min(cost * BAND_CYCLE / (BAND_CYCLE - behind), all)
+    local cost = behind > 0 and level * BAND_STEP / (BAND_STEP - 1) or level
+    if is_new then
+      retried = math.min(retried, (BAND_STEP - 1) * (bands + level + mean))
+      cost = level + math.min(bands + retried, (BAND_CYCLE - 1) * (level + mean))
+      cost = cost * BAND_CYCLE / (BAND_CYCLE - behind)
+    end
+    cost = math.min(cost, all)
     ahead, jobs = ahead + cost, jobs + math.floor(cost / mean + 0.5)
   end
   if sums[':ran'] < KNOWN_JOBS or sums[':ran_cost'] < 1 or sums[':leased'] < 1 then return nil, jobs end

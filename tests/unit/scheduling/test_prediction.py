@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from queue_schemas.lanes import BAND_CYCLE, BANDS, Lane, band_order
+from queue_schemas.lanes import BAND_CYCLE, BAND_STEP, BANDS, Lane, band_order
 from scheduling.prediction import FADE_MS, KNOWN_JOBS, RATE_JOBS, RETRIED, LaneState, Rate, place_of
 
 
@@ -83,9 +83,18 @@ def test_a_job_behind_a_flood_of_urgent_ones_waits_for_its_turn() -> None:
     assert jobs_ahead([3] * 5_000 + [2], 2) == 0
 
 
-def test_retried_jobs_go_before_every_band() -> None:
-    assert jobs_ahead([RETRIED] * 5, 0) == jobs_ahead([RETRIED] * 5 + [3], 3) == 5
-    assert jobs_ahead([RETRIED] * 5 + [0, 0], RETRIED) == 4
+@pytest.mark.parametrize("retried", [1, 3, 4, 11, 40])
+@pytest.mark.parametrize("band", [0, 2])
+def test_new_jobs_have_every_fourth_turn_before_retried_ones(retried: int, band: int) -> None:
+    """As ``claim.lua`` takes them: retried work first but on the last of ``BAND_STEP`` turns."""
+    turns = [turn % BAND_STEP == BAND_STEP - 1 for turn in range(retried + 1)]
+    first = turns.index(True) if True in turns[:retried] else retried
+    ahead = jobs_ahead([RETRIED] * retried, band)
+    assert ahead is not None
+    assert abs(ahead - first) <= 1
+    behind = jobs_ahead([RETRIED] * retried + [band] * 40, RETRIED)
+    assert behind is not None
+    assert behind == pytest.approx((retried - 1) * BAND_STEP / (BAND_STEP - 1), abs=1)
 
 
 def test_a_lane_that_says_nothing_of_its_cost_is_not_divided_by() -> None:

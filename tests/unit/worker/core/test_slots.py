@@ -93,8 +93,8 @@ def test_a_parked_worker_waits_for_a_wake_and_parks_again_in_time() -> None:
     answer(slots, claim, 1, 0.0)
     slots.freed()
     assert slots.next_claim(0, 1.0) is None
-    assert list(slots.shards_due(PARK_AGAIN_S - 0.1)) == []
-    assert list(slots.shards_due(PARK_AGAIN_S)) == [0]
+    assert not slots.has_claim(0, PARK_AGAIN_S - 0.1)
+    assert slots.has_claim(0, PARK_AGAIN_S)
     slots.wake(0)
     woken = slots.next_claim(0, 1.0)
     assert woken is not None
@@ -198,7 +198,7 @@ def test_a_spent_attempt_is_looked_for_again_after_two_seconds() -> None:
     answer(slots, claim, 1, 0.0)
     slots.freed()
     slots.retry_after(0, 1.0, RETRY_APART_S)
-    assert list(slots.shards_due(1.0 + RETRY_APART_S + RETRY_MARGIN_S)) == [0]
+    assert slots.has_claim(0, 1.0 + RETRY_APART_S + RETRY_MARGIN_S)
     assert slots.next_claim(0, 1.0 + RETRY_APART_S + RETRY_MARGIN_S) is not None
 
 
@@ -209,7 +209,7 @@ def test_a_retry_that_is_due_late_is_claimed_on_time() -> None:
     assert claim is not None
     answer(slots, claim, 0, 0.0)
     slots.retry_after(0, 1.0, 30.0)
-    assert list(slots.shards_due(PARK_AGAIN_S)) == [0]
+    assert slots.has_claim(0, PARK_AGAIN_S)
     again = slots.next_claim(0, PARK_AGAIN_S)
     assert again is not None
     answer(slots, again, 0, PARK_AGAIN_S)
@@ -556,3 +556,28 @@ def test_a_parked_worker_says_that_its_cache_has_forgotten() -> None:
     assert (again.cache, again.offer) == (1, 4)
     slots.answered(again, Claimed(parked=True, offered=4), 1.0)
     assert slots.next_claim(0, 2.0) is None
+
+
+def test_a_shard_that_found_no_free_slot_asks_again() -> None:
+    """Its claim for none, which passes a wake on, was answered before the other shard's that took the slot."""
+    slots = ready_slots(1, ("m", 0), ("n", 1))
+    first = slots.next_claim(0, 0.0)
+    assert first is not None
+    slots.wake(1)
+    nothing = slots.next_claim(1, 0.0)
+    slots.answered(first, Claimed(parked=True), 0.0)
+    if nothing is not None:
+        slots.answered(nothing, Claimed(), 0.0)
+    assert slots.has_claim(1, 0.1)
+
+
+def test_a_rise_is_told_only_where_jobs_are_handed_over() -> None:
+    """A worker of several shards offers nothing."""
+    slots = ready_slots(4, ("m", 0), ("n", 1))
+    for shard in (0, 1):
+        claim = slots.next_claim(shard, 0.0)
+        assert claim is not None
+        slots.answered(claim, Claimed(parked=True), 0.0)
+    slots.cache += 1
+    assert not slots.has_claim(0, 1.0)
+    assert not slots.has_claim(1, 1.0)
