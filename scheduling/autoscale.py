@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from queue_schemas import Lane, LaneDepth, PoolDepth
@@ -68,6 +68,42 @@ def load_of(pool: PoolDepth) -> PoolLoad:
     interactive = pool.lanes.get(Lane.INTERACTIVE)
     arrivals_per_s = interactive.arrivals_per_s if interactive else None
     return PoolLoad(lanes, workers=pool.workers, slots=pool.slots, arrivals_per_s=arrivals_per_s)
+
+
+def together(loads: Sequence[PoolLoad]) -> PoolLoad:
+    """Pools that the same workers serve, those of the first, as one: a model and its LoRA adapters."""
+    first, *others = loads
+    if not others:
+        return first
+    lanes = {lane: _lanes_together([load.lanes[lane] for load in loads if lane in load.lanes]) for lane in Lane}
+    arrivals = [load.arrivals_per_s for load in loads if load.arrivals_per_s is not None]
+    return PoolLoad(
+        {lane: of_lane for lane, of_lane in lanes.items() if of_lane != LaneLoad()},
+        workers=first.workers,
+        slots=first.slots,
+        arrivals_per_s=sum(arrivals) if arrivals else None,
+    )
+
+
+def _lanes_together(lanes: Sequence[LaneLoad]) -> LaneLoad:
+    return LaneLoad(
+        waiting=sum(lane.waiting for lane in lanes),
+        leased=sum(lane.leased for lane in lanes),
+        oldest_age_ms=max((lane.oldest_age_ms for lane in lanes), default=0),
+        run_ms=_mean((lane.run_ms, lane.waiting) for lane in lanes),
+        deadline_ms=min((lane.deadline_ms for lane in lanes if lane.deadline_ms is not None), default=None),
+        usual_run_ms=_mean((lane.usual_run_ms, lane.waiting + lane.leased) for lane in lanes),
+        ms_per_cost=_mean((lane.ms_per_cost, lane.waiting + lane.leased) for lane in lanes),
+    )
+
+
+def _mean(figures: Iterable[tuple[float | None, int]]) -> float | None:
+    """Of those that are known, by how many jobs each is of; of none, evenly."""
+    known = [(figure, jobs) for figure, jobs in figures if figure is not None]
+    if not known:
+        return None
+    jobs = sum(number for _, number in known)
+    return sum(figure * (number if jobs else 1) for figure, number in known) / (jobs or len(known))
 
 
 def _run_ms(depth: LaneDepth) -> float | None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Protocol, TypeVar
 
 from queue_schemas import InferqError, PoolDepth, SessionId, WorkerInfo, new_session_id
-from scheduling.autoscale import Stabilizer, Wish, drain_order, load_of
+from scheduling.autoscale import Stabilizer, Wish, drain_order, load_of, together
 from scheduling.capacity import WorkerCapacity
 from telemetry import get_logger
 from telemetry.backoff import Backoff
@@ -105,7 +105,7 @@ class Autoscaler:
         """Leave the pool to another autoscaler."""
         self._claimed_until = float("-inf")
         try:
-            await self._fabric.claim(self._settings.pool, self._id, 0)
+            await asyncio.gather(*(self._fabric.claim(pool, self._id, 0) for pool in self._settings.pools))
         except InferqError as error:
             log.info("claim_not_given_up", error=error.message, then="it lapses by itself")
 
@@ -117,6 +117,8 @@ class Autoscaler:
         if self._clock() < self._driver_resumes_at:
             reasons += self.reasons  # what the driver said
             return
+        if others := await self._claim_adapters():
+            reasons.append(f"another autoscaler acts for {_names(others)}: their jobs do not count here")
         roll = await self._roll(await self._step(self._driver.workers()))
         self._metrics.show_workers(roll.counts)
         self._metrics.start_up.set(self._roster.start_up_ms / 1000)
@@ -127,7 +129,7 @@ class Autoscaler:
             limit_s = own.stop_timeout / 1000
             reasons.append(f"workers that have not ended {limit_s:g} s after they were to: {_names(roll.stuck)}")
         now_ms = self._clock() * 1000
-        wish = await self._wish(now_ms)
+        wish = await self._wish([pool for pool in own.pools if pool not in others], now_ms)
         decision = self._stabilizer.decide(wish, roll.size, now_ms, own.rules, start_up_ms=self._roster.start_up_ms)
         if wish.replicas is None:
             self._metrics.failed("queue")
@@ -149,15 +151,23 @@ class Autoscaler:
         self._metrics.acting.set(acting)
         return acting
 
+    async def _claim_adapters(self) -> list[str]:
+        """Take or keep the claims of the adapters; those that another autoscaler has. Only who has the pool's asks: two
+        with the same settings must not have half of them each."""
+        names, ttl_ms = self._settings.adapters, self._settings.claim_ttl_ms
+        claimed = await asyncio.gather(*(self._fabric.claim(name, self._id, ttl_ms) for name in names))
+        return [name for name, acting in zip(names, claimed, strict=True) if not acting]
+
     async def _roll(self, owned: frozenset[str]) -> Roll:
         return self._roster.call(owned, await self._fabric.workers(), self._clock() * 1000)
 
-    async def _wish(self, now_ms: float) -> Wish:
-        """What the queue calls for; nothing is known of a queue that nobody shows."""
+    async def _wish(self, names: Sequence[str], now_ms: float) -> Wish:
+        """What the queues of these pools call for; nothing is known of a queue that nobody shows."""
         try:
-            load = load_of(await self._fabric.pool(self._settings.pool))
+            pools = await asyncio.gather(*(self._fabric.pool(name) for name in names))
         except InferqError as error:
             return Wish(None, error.message)
+        load = together([load_of(pool) for pool in pools])
         wish = self._capacity.wish(load, self._settings.rules, now_ms, start_up_ms=self._roster.start_up_ms)
         self._metrics.serves.set(self._capacity.per_s(now_ms) or 0.0)
         return wish

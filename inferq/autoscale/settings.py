@@ -11,13 +11,15 @@ from pydantic import BeforeValidator, Field, SecretStr, model_validator
 from queue_schemas import BadMessage
 from queue_schemas.ids import check_name
 from scheduling.autoscale import MAX_REPLICAS, ScalingRules
-from telemetry import HeaderSecret, ManagerUrls, ProcessId, RoleSettings
+from telemetry import CommaList, HeaderSecret, ManagerUrls, ProcessId, RoleSettings
 from worker.settings import Arguments
 
 DriverName = Literal["process", "command", "ray", "kubernetes"]
 SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
 _DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)\s*(ms|s|m|h)")
 _UNIT_MS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000}
+MAX_ADAPTERS = 256
+"""Each is asked for at every look."""
 _TARGET = re.compile(r"(deployment|statefulset)/[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
 
 
@@ -41,6 +43,12 @@ class AutoscaleSettings(RoleSettings):
     repeatable: ClassVar[Mapping[str, str]] = {"manager_urls": "manager-url"}
 
     pool: str = Field("", description="Model whose workers are started and drained, as clients name it")
+    adapters: CommaList = Field(
+        [],
+        max_length=MAX_ADAPTERS,
+        description="LoRA adapters of the model, as clients name them: their jobs count like its own, for the same "
+        "workers serve them",
+    )
     min: int = Field(0, ge=0, le=MAX_REPLICAS, description="Workers that always run")
     max: int = Field(1, ge=1, le=MAX_REPLICAS, description="Most workers, those included that are draining")
     target_wait: Duration = Field(
@@ -105,12 +113,19 @@ class AutoscaleSettings(RoleSettings):
             raise ValueError("--kubernetes-target must be deployment/NAME or statefulset/NAME")
         if self.driver == "command" and not self.args:
             raise ValueError("say what to run: inferq autoscale ... --driver command -- PROGRAM ARGUMENTS")
-        if self.pool:
-            try:
-                check_name(self.pool, "model")
-            except BadMessage as error:
-                raise ValueError(error.message) from error
+        try:
+            for name in self.pools:
+                check_name(name, "model")
+        except BadMessage as error:
+            raise ValueError(error.message) from error
+        if len(set(self.pools)) < len(self.pools):
+            raise ValueError("name each adapter once, and not the model among them")
         return self
+
+    @property
+    def pools(self) -> list[str]:
+        """Whose jobs the workers serve: the model, and its adapters."""
+        return [self.pool, *self.adapters] if self.pool else self.adapters
 
     @property
     def rules(self) -> ScalingRules:

@@ -7,13 +7,14 @@ import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from telemetry.environment import free_port
+from tests.support.adapters import make_adapters
 from tests.support.batches import BatchStorage, add_batcher, line
 from tests.support.fleet import ROOT, Fleet
 from tests.support.processes import Child, environment
@@ -38,11 +39,13 @@ async def fleet(tmp_path: Path, own_valkey: Server) -> AsyncIterator[Fleet]:
 
 
 @contextmanager
-def autoscaler(fleet: Fleet, name: str = "autoscaler", **more: object) -> Iterator[Child]:
+def autoscaler(
+    fleet: Fleet, name: str = "autoscaler", worker_options: Sequence[str] = (), **more: object
+) -> Iterator[Child]:
     """The autoscaler's process, running; at the end it and its workers are gone."""
     rules = {**_RULES, "pool": MODEL, "manager-url": fleet.router.url, "data-dir": fleet.folder / name} | more
     flags = [part for flag, value in rules.items() for part in (f"--{flag}", str(value))]
-    args = [sys.executable, "-m", "inferq", "autoscale", *flags, "--", *_WORKER]
+    args = [sys.executable, "-m", "inferq", "autoscale", *flags, "--", *_WORKER, *worker_options]
     env = environment() | {"PYTHONPATH": str(ROOT), "INFERQ_LOG_FORMAT": "json"}
     child = Child(name, args, fleet.folder / f"{name}.log", env=env, cwd=fleet.folder)
     child.start()
@@ -64,16 +67,16 @@ def worker_pids(data_dir: Path) -> list[int]:
     return [one["pid"] for one in found if Path(f"/proc/{one['pid']}").exists()]
 
 
-async def ask(fleet: Fleet, number: int) -> str:
-    body = {"model": MODEL, "messages": [{"role": "user", "content": f"request {number}"}]}
+async def ask(fleet: Fleet, number: int, model: str = MODEL) -> str:
+    body = {"model": model, "messages": [{"role": "user", "content": f"request {number}"}]}
     async with fleet.session.post(f"{fleet.router.url}/v1/chat/completions", json=body) as answer:
         assert answer.status == 200, await answer.text()
         return str((await answer.json())["choices"][0]["message"]["content"])
 
 
-async def listed(fleet: Fleet) -> bool:
-    """Whether the Router lists the model, which the autoscaler declares."""
-    return MODEL in [one["id"] for one in (await fleet.router.page("/v1/models"))["data"]]
+async def listed(fleet: Fleet, model: str = MODEL) -> bool:
+    """Whether the Router lists a model, which the autoscaler declares."""
+    return model in [one["id"] for one in (await fleet.router.page("/v1/models"))["data"]]
 
 
 async def workers(fleet: Fleet) -> int:
@@ -140,6 +143,16 @@ async def test_a_batch_wakes_the_fleet_from_zero(fleet: Fleet) -> None:
         assert len(_logs(fleet)) == 1, "one worker is enough"
         await eventually(lambda: _are(fleet, 0), "the worker is gone again", limit_s=40)
     batcher.process.terminate()
+
+
+async def test_a_request_for_an_adapter_wakes_the_fleet_from_zero(fleet: Fleet) -> None:
+    """It is held, though no worker has ever named the adapter; the worker that comes loads it, answers, and goes."""
+    folder = make_adapters(fleet.folder / "adapters", ["tuned"])
+    options = ["--adapters-dir", str(folder), "--max-adapters", "2"]
+    with autoscaler(fleet, worker_options=options, adapters="tuned"):
+        await eventually(lambda: listed(fleet, "tuned"), "the adapter is listed at zero workers", limit_s=30)
+        assert await asyncio.wait_for(ask(fleet, 1, "tuned"), 60) == "request 1"
+        await eventually(lambda: _are(fleet, 0), "the worker is gone again", limit_s=40)
 
 
 async def test_the_next_autoscaler_adopts_the_workers_of_a_killed_one(fleet: Fleet) -> None:

@@ -23,6 +23,7 @@ from scheduling.autoscale import (
     drain_order,
     load_of,
     replicas_wanted,
+    together,
 )
 
 RULES = ScalingRules(min=0, max=10, worker_slots=4, scale_in_after_ms=60_000)
@@ -320,3 +321,25 @@ def test_those_go_first_whose_end_costs_least() -> None:
     """Not ready, then idle, then the youngest."""
     workers = [Candidate("w-9", 0), Candidate("w-10", 0), Candidate("w-2", 3), Candidate("w-3", 0, ready=False)]
     assert drain_order(workers) == ["w-3", "w-10", "w-9", "w-2"]
+
+
+def test_pools_that_the_same_workers_serve_are_one() -> None:
+    """Workers are counted once, jobs all, times by how many jobs each is of."""
+    base = PoolLoad({Lane.INTERACTIVE: LaneLoad(1, 3, 100.0, 1_000.0, None, 800.0, 2.0)}, 2, 8, 1.5)
+    adapter = PoolLoad(
+        {
+            Lane.INTERACTIVE: LaneLoad(3, 1, 900.0, 2_000.0, 5_000.0, 1_600.0, 4.0),
+            Lane.BATCH: LaneLoad(waiting=7),
+        },
+        1,
+        4,
+        0.5,
+    )
+    found = together([base, adapter, PoolLoad({})])
+    assert found.lanes == {
+        Lane.INTERACTIVE: LaneLoad(4, 4, 900.0, 1_750.0, 5_000.0, 1_200.0, 3.0),
+        Lane.BATCH: LaneLoad(waiting=7),
+    }
+    assert (found.workers, found.slots, found.arrivals_per_s) == (2, 8, 2.0)
+    assert together([base]) is base
+    assert together([PoolLoad({}), PoolLoad({})]) == PoolLoad({})

@@ -32,7 +32,9 @@ class FakeFabric:
     def __init__(self) -> None:
         self.registry: dict[str, WorkerInfo] = {}
         self.lanes: dict[Lane, LaneDepth] = {}
-        self.holder = ""
+        self.of_adapters: dict[str, dict[Lane, LaneDepth]] = {}
+        self.holders: dict[str, str] = {}
+        """Who acts, by pool."""
         self.down: set[str] = set()
         self.drained: list[str] = []
 
@@ -57,15 +59,16 @@ class FakeFabric:
     async def claim(self, pool: str, autoscaler_id: SessionId, ttl_ms: int) -> bool:
         self._answer("claim")
         if not ttl_ms:
-            self.holder = "" if self.holder == autoscaler_id else self.holder
+            if self.holders.get(pool) == autoscaler_id:
+                del self.holders[pool]
             return False
-        self.holder = self.holder or autoscaler_id
-        return self.holder == autoscaler_id
+        return self.holders.setdefault(pool, autoscaler_id) == autoscaler_id
 
     async def pool(self, model: str) -> PoolDepth:
         self._answer("pool")
         serving = [worker for worker in self.registry.values() if worker.takes_work]
-        return pool_depth(model, self.lanes, workers=len(serving), slots=sum(worker.slots for worker in serving))
+        lanes = self.lanes if model == POOL else self.of_adapters.get(model, {})
+        return pool_depth(model, lanes, workers=len(serving), slots=sum(worker.slots for worker in serving))
 
     async def workers(self) -> list[WorkerInfo]:
         self._answer("workers")

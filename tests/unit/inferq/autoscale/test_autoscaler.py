@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from inferq.autoscale.drivers.port import DriverFailed
-from queue_schemas import LANES, EngineState, Lane, LaneDepth
+from inferq.autoscale.settings import AutoscaleSettings
+from queue_schemas import LANES, CannotStart, EngineState, Lane, LaneDepth
 from tests.unit.inferq.autoscale.scene import FakeDriver, FakeFabric, Scene
 
 
@@ -332,3 +333,45 @@ async def test_what_full_workers_served_is_remembered() -> None:
     scene.fabric.lanes = {Lane.INTERACTIVE: idle.model_copy(update={"arrivals_per_s": 1.0})}
     await scene.look(4)
     assert len(scene.fabric.drained) == 1
+
+
+@pytest.mark.parametrize("lane", LANES)
+async def test_a_job_for_an_adapter_wakes_its_models_workers(lane: Lane) -> None:
+    """And is counted like the model's own; without the setting it is not."""
+    alone, scene = Scene(), Scene(adapters="a,b")
+    for one in (alone, scene):
+        one.fabric.of_adapters["b"] = {lane: LaneDepth(waiting=1)}
+        await one.look(3)
+    assert (alone.driver.asked, scene.driver.asked) == ([], [1])
+    assert set(scene.fabric.holders) == {"m", "a", "b"}
+    scene.fabric.waits(5)
+    scene.fabric.of_adapters = {name: {Lane.INTERACTIVE: LaneDepth(waiting=5)} for name in "ab"}
+    await scene.look()
+    assert scene.driver.asked == [1, 4]
+    await scene.autoscaler.give_up()
+    assert scene.fabric.holders == {}
+
+
+async def test_an_adapter_that_another_autoscaler_scales_is_left_to_it() -> None:
+    """It is said, and the pool is scaled all the same. Who only looks on claims no adapter."""
+    fabric = FakeFabric()
+    other, scene, standby = (
+        Scene(fabric=fabric, pool="a"),
+        Scene(fabric=fabric, adapters=["a", "b"]),
+        Scene(fabric=fabric, adapters=["a", "b"]),
+    )
+    fabric.of_adapters = {"a": {Lane.INTERACTIVE: LaneDepth(waiting=8)}}
+    fabric.waits(4)
+    await other.look()
+    await scene.look()
+    await standby.look()
+    assert scene.driver.asked == [1]
+    assert scene.autoscaler.reasons == ["another autoscaler acts for a: their jobs do not count here"]
+    assert len({fabric.holders[name] for name in ("m", "b")}) == 1
+    assert standby.driver.asked == []
+
+
+@pytest.mark.parametrize("adapters", [["m"], ["a", "a"], ["a\nb"], [f"a{number}" for number in range(257)]])
+def test_adapters_that_cannot_be_are_refused(adapters: list[str]) -> None:
+    with pytest.raises(CannotStart, match=r"adapters|model|once"):
+        AutoscaleSettings.load(pool="m", adapters=adapters)
