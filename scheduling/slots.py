@@ -92,7 +92,7 @@ class SlotState:
     missed: int = 0
     """Readings in a row that are missing."""
     overloaded: bool = False
-    """Whether there was a sign of overload since the session began."""
+    """Whether there was a sign of overload since the engine began."""
     waiting: int = 0
     """What the last reading said was waiting."""
     preemptions: int | None = None

@@ -74,9 +74,9 @@ local function enqueue(budgets, id, envelope, pool, lane, band, tenant, reply, p
     persisted = persisted, deadline = deadline, size = int(size), at = came_at, queue = '', entry = '', resume = resume,
     cost = cost, weight = weight, charged = '', predicted = '', suspicion = '' }
   local at, aid, owner, entry = queue_key(job), attempt_base .. handed_over, nil, nil
-  local outcome = shared .. ':affinity/'
-  if not known.counters[at .. ':' .. band .. ':cost'] then
-    read('counters', { at .. ':waiting', at .. ':' .. band .. ':cost', shared .. ':enqueued', shared .. ':leased', outcome .. 'none',
+  local outcome, cost_of_band = shared .. ':affinity/', at .. ':' .. band .. ':cost'
+  if not known.counters[cost_of_band] then
+    read('counters', { at .. ':waiting', cost_of_band, shared .. ':enqueued', shared .. ':leased', outcome .. 'none',
       unpack(counts_for_yields(pool)) })
   end
   if digests ~= '' then read('counters', { at .. ':wait', outcome .. 'warm', outcome .. 'cold' }) end
