@@ -27,6 +27,8 @@ MANAGER = "iq:manager"
 """Hash: the acting Manager's lease (``holder``, ``term``, ``until`` by the lease's own ``clock``)."""
 SWEEPER = "iq:sweeper"
 """Hash: the same for the one worker that sweeps while no Manager acts."""
+LEASE_SECRET = "iq:lease_secret"  # noqa: S105 - the name of a key
+"""String: what Routers sign the leases with that they give to workers over HTTP."""
 
 
 def autoscaler_key(pool: str) -> str:

@@ -177,6 +177,8 @@ class RouterApp:
             services.requests.sweep(time())
             services.disconnect_grace.sweep(time())
             services.keys.refresh()
+            services.worker_credentials.refresh()
+            await services.workers.sweep()
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         await receive()

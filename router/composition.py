@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 
 from fastapi import APIRouter, FastAPI
@@ -18,6 +18,7 @@ from broker.embedded.local_password import complete_url
 from broker.redis.link import open_link
 from queue_schemas import BrokerUnsuitable, CannotStart
 from queue_schemas.fleet.acting_manager import RAY_SCHEME
+from queue_schemas.worker_protocol.fields import WORKER_PREFIX
 from storage import ObjectStore, StorageSettings
 from telemetry import render_metrics
 from telemetry.http.app import health_routes, prepare_app
@@ -75,6 +76,10 @@ from .tenant_limits import tenant_limit
 from .webhooks.endpoint_tests import EndpointTests
 from .webhooks.routes import webhook_routes
 from .webhooks.service import WebhookService
+from .workers.credentials import WorkerCredentials
+from .workers.membership import Membership, Registry
+from .workers.routes import worker_routes
+from .workers.service import WorkerService
 
 _UNKNOWN_PATH = (
     "see /docs for what there is; a path of your engines that is not built in is allowed by the setting extra_paths "
@@ -107,6 +112,8 @@ class RouterServices:
     streamer: OutputStreamer
     inference: InferenceRoutes
     pools: PoolFigures
+    workers: WorkerService
+    worker_credentials: WorkerCredentials
     siblings: SiblingLink | None
 
     def not_ready_reasons(self) -> list[str]:
@@ -212,6 +219,22 @@ def build_services(
         background=jobs,
         responses=responses,
     )
+    join_token = settings.join_token.get_secret_value()
+    registry = Registry()
+    workers = WorkerService(
+        link,
+        Membership(manager, join_token, registry),
+        registry,
+        lifecycle,
+        max_answer_bytes=settings.max_worker_answer_bytes,
+    )
+    worker_credentials = WorkerCredentials(
+        settings.worker_credentials_file,
+        join_token,
+        replace(local, origins=frozenset()),
+        guarded=keys.required,
+    )
+    worker_credentials.changed = workers.polls.end_all
     return RouterServices(
         settings=settings,
         storage_settings=storage_settings,
@@ -219,7 +242,7 @@ def build_services(
         manager=manager,
         store=store,
         keys=keys,
-        gate=Gate(keys, settings.join_token.get_secret_value(), local),
+        gate=Gate(keys, join_token, local),
         metrics=metrics,
         lifecycle=lifecycle,
         shutdown=shutdown,
@@ -236,6 +259,8 @@ def build_services(
             inference, keys, requests, relay, lifecycle, metrics, max_body_bytes=settings.max_body_bytes
         ),
         pools=PoolFigures(link, settings.scaling_rules),
+        workers=workers,
+        worker_credentials=worker_credentials,
         siblings=siblings,
     )
 
@@ -268,6 +293,7 @@ def build_web_app(services: RouterServices) -> FastAPI:
         pool_routes(services.pools, gate),
         dead_letter_routes(link, gate),
         manager_routes(services.manager, gate, metrics.registry, lifecycle),
+        worker_routes(services.workers, services.worker_credentials),
     ):
         app.include_router(routes)
     metrics.watch(
@@ -279,7 +305,7 @@ def build_web_app(services: RouterServices) -> FastAPI:
     return prepare_app(
         app,
         metrics.registry,
-        unbounded={("POST", FILES_PATH)},
+        unbounded=lambda method, path: method == "POST" and (path == FILES_PATH or path.startswith(WORKER_PREFIX)),
         unknown_path=_UNKNOWN_PATH,
         describe=lambda document: describe(document, settings),
     )

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
 from typing import NoReturn, Protocol
 
-from broker import DeadLetters, JobStatus, RememberedPools
+from broker import Attempts, DeadLetters, JobStatus, RememberedPools, Workers
 from queue_schemas import (
     BrokerAddress,
     Enqueued,
@@ -100,6 +100,8 @@ class FleetPort(Protocol):
 
     async def acting_manager(self) -> ActingManager: ...
 
+    async def lease_secret(self, proposed: bytes) -> bytes: ...
+
 
 class KnownPoolsPort(Protocol):
     """:class:`broker.operations.known_pools.KnownPools`."""
@@ -141,6 +143,15 @@ class QueuePort(Protocol):
 
     @property
     def dead_letters(self) -> DeadLetters: ...
+
+    @property
+    def workers(self) -> Workers: ...
+
+    @property
+    def attempts(self) -> Attempts: ...
+
+    @property
+    def shards(self) -> int: ...
 
     @property
     def round_trips(self) -> int: ...

@@ -51,6 +51,13 @@ class RouterSettings(RequestSettings):
         "", description="File with one <sha256 of an API key>:<tenant> per line, read again when it changes"
     )
     api_keys: str = Field("", description="The same lines, separated by line ends or commas")
+    worker_credentials_file: str = Field(
+        "",
+        description="TOML file of what workers over HTTP (/worker/v1) may do, by credential; read again if it changes",
+    )
+    max_worker_answer_bytes: int = Field(
+        128 * MIB, ge=1024, description="Most bytes of one answer that a worker over HTTP may send"
+    )
     pools: CommaList = Field(default_factory=list, description="Models that exist even before a worker serves them")
     extra_paths: CommaList = Field(
         default_factory=list, description="Paths passed to engines beside the built-in inference paths"

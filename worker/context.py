@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-from broker import Broker
 from queue_schemas import RegistrationAnswer
 
 from .engines import Engine
@@ -14,12 +13,13 @@ from .engines.adapter_folder import AdapterFolder
 from .engines.process import ProcessEngine
 from .manager_client import ManagerClient
 from .metrics import WorkerMetrics
+from .queue import Queue
 from .settings import WorkerSettings
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerContext:
-    """What outlives a session. ``connect`` opens the broker named in a registration's answer, once."""
+    """What outlives a session. ``connect`` opens the queue named in a registration's answer, once."""
 
     settings: WorkerSettings
     engine: Engine
@@ -27,7 +27,7 @@ class WorkerContext:
     metrics: WorkerMetrics
     url: str | None
     """Where the Manager may reach this worker's HTTP service."""
-    connect: Callable[[RegistrationAnswer], Awaitable[Broker]]
+    connect: Callable[[RegistrationAnswer], Awaitable[Queue]]
     drain: asyncio.Event
     """Set once: claim no more, finish, end."""
     hurry: asyncio.Event = field(default_factory=asyncio.Event)

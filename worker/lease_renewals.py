@@ -18,6 +18,7 @@ from queue_schemas import Fenced, InferqError, SessionId
 from telemetry import get_logger
 
 from .core import LoopWatchdog
+from .over_http.workers import HttpRenewer
 
 RENEWALS_PER_LEASE = 5
 POLL_S = 0.1
@@ -31,7 +32,9 @@ log = get_logger(__name__)
 class LeaseRenewals:
     """Keeps the leases of ``session_id`` while ``watchdog`` allows it. ``renewer`` is used and closed in the thread."""
 
-    def __init__(self, renewer: Renewer, session_id: SessionId, watchdog: LoopWatchdog, lease_s: float) -> None:
+    def __init__(
+        self, renewer: Renewer | HttpRenewer, session_id: SessionId, watchdog: LoopWatchdog, lease_s: float
+    ) -> None:
         self._renewer = renewer
         self._session_id = session_id
         self._watchdog = watchdog

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import ssl
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import TypeVar
 
 import aiohttp
@@ -12,13 +13,13 @@ from pydantic import BaseModel, ValidationError
 
 from queue_schemas import (
     FABRIC_PREFIX,
-    JOIN_TOKEN_HEADER,
     AuthenticationFailed,
     BadRequest,
     Heartbeat,
     HeartbeatAnswer,
     InferqError,
     ManagerUnavailable,
+    PermissionRefused,
     Registration,
     RegistrationAnswer,
     SessionId,
@@ -26,6 +27,8 @@ from queue_schemas import (
     WorkerIdTaken,
 )
 from telemetry.redaction import redact_url
+
+from .addresses import Addresses
 
 CALL_TIMEOUT_S = 5.0
 """The Manager may first have to check another session of that worker id, and to reclaim its jobs."""
@@ -39,6 +42,7 @@ _NO_SUCH_PAGE = frozenset({404, 405})
 IDLE_TIMEOUT_S = 45.0
 """A session connection carries a byte every 15 s; one without for so long is dead."""
 _MAX_ANSWER_BYTES = 8 << 20
+_REFUSALS: Mapping[str, type[InferqError]] = {kind.code: kind for kind in (PermissionRefused, WorkerIdTaken)}
 _Answer = TypeVar("_Answer", bound=BaseModel)
 
 
@@ -49,9 +53,12 @@ class ManagerClient:
     for a wrong join token and ``BadRequest`` for a message it does not accept.
     """
 
-    def __init__(self, urls: Sequence[str], join_token: str = "") -> None:
-        self._urls = [url.rstrip("/") for url in urls]
-        self._headers = {JOIN_TOKEN_HEADER: join_token} if join_token else {}
+    prefix = FABRIC_PREFIX
+
+    def __init__(self, addresses: Addresses) -> None:
+        self._urls = [url.rstrip("/") for url in addresses.urls]
+        self._headers = addresses.headers
+        self._tls = addresses.tls
         self._avoided_until: dict[str, float] = {}
         self._session: aiohttp.ClientSession | None = None
 
@@ -74,19 +81,19 @@ class ManagerClient:
 
     async def register(self, registration: Registration) -> RegistrationAnswer:
         """Raises ``WorkerIdTaken`` while another worker of that id answers the Manager."""
-        answer = await self._call("POST", "workers", registration)
-        return _parse(RegistrationAnswer, answer, self.url)
+        answer = await self.call("POST", "workers", registration)
+        return parse_answer(RegistrationAnswer, answer, self.url)
 
     async def heartbeat(self, worker_id: str, heartbeat: Heartbeat) -> HeartbeatAnswer:
         """Raises ``UnknownWorker`` if the Manager does not know this session: register again."""
         path = f"workers/{worker_id}/heartbeat"
-        answer = await self._call("POST", path, heartbeat, timeout_s=HEARTBEAT_TIMEOUT_S, unknown=_NO_SUCH_WORKER)
-        return _parse(HeartbeatAnswer, answer, self.url)
+        answer = await self.call("POST", path, heartbeat, timeout_s=HEARTBEAT_TIMEOUT_S, unknown=_NO_SUCH_WORKER)
+        return parse_answer(HeartbeatAnswer, answer, self.url)
 
     async def hold_session_connection(self, worker_id: str, session_id: SessionId) -> None:
         """Hold a connection to the URL in use until it ends: its other end notices at once when this process
         dies. Raises ``UnknownWorker`` where session connections are not supported."""
-        url = f"{self.url}{FABRIC_PREFIX}/workers/{worker_id}/session?session_id={session_id}"
+        url = f"{self.url}{self.prefix}/workers/{worker_id}/session?session_id={session_id}"
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CALL_TIMEOUT_S, sock_read=IDLE_TIMEOUT_S)
         try:
             async with self._open().get(url, timeout=timeout, allow_redirects=False) as answer:
@@ -101,7 +108,7 @@ class ManagerClient:
         """Deregister the session at the first URL that leads to a Manager."""
         for tried in range(1, len(self._urls) + 1):
             try:
-                await self._call("DELETE", f"workers/{worker_id}?session_id={session_id}", None)
+                await self.call("DELETE", f"workers/{worker_id}?session_id={session_id}", None)
             except ManagerUnavailable:
                 if tried == len(self._urls):
                     raise
@@ -116,10 +123,12 @@ class ManagerClient:
 
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None:
-            self._session = aiohttp.ClientSession(headers=self._headers, trust_env=False)
+            tls: ssl.SSLContext | bool = True if self._tls is None else self._tls
+            connector = aiohttp.TCPConnector(ssl=tls)
+            self._session = aiohttp.ClientSession(connector=connector, headers=self._headers, trust_env=False)
         return self._session
 
-    async def _call(
+    async def call(
         self,
         method: str,
         path: str,
@@ -129,7 +138,7 @@ class ManagerClient:
         unknown: frozenset[int] = frozenset(),
     ) -> bytes:
         """The answer's body. Statuses of ``unknown`` mean that the worker is, whatever the body says."""
-        url = f"{self.url}{FABRIC_PREFIX}/{path}"
+        url = f"{self.url}{self.prefix}/{path}"
         body = message.model_dump_json().encode() if message is not None else None
         headers = {"content-type": "application/json"} if body else {}
         timeout = aiohttp.ClientTimeout(total=timeout_s)
@@ -160,7 +169,8 @@ async def _read(answer: aiohttp.ClientResponse) -> bytes:
     return b"".join(parts)
 
 
-def _parse(kind: type[_Answer], content: bytes, url: str) -> _Answer:
+def parse_answer(kind: type[_Answer], content: bytes, url: str) -> _Answer:
+    """The ``kind`` in an answer of who is at ``url``. Raises ``ManagerUnavailable`` for anything else."""
     try:
         return kind.model_validate_json(content)
     except ValidationError as error:
@@ -178,13 +188,11 @@ def _refusal(status: int, content: bytes, url: str, unknown: frozenset[int]) -> 
         code, message = "", f"{url} answers {status}: is it the right URL?"
     if code == UnknownWorker.code or status in unknown:
         return UnknownWorker(message)
-    if status == WorkerIdTaken.status and code == WorkerIdTaken.code:
-        return WorkerIdTaken(message)
     if status == AuthenticationFailed.status:
         return AuthenticationFailed(
-            f"{url} refuses this worker's join token, or that it has none: give it the Manager's INFERQ_JOIN_TOKEN "
-            f"({message})"
+            f"{url} refuses this worker's credential, or that it has none: give it the fleet's INFERQ_JOIN_TOKEN or, "
+            f"over HTTP, an INFERQ_WORKER_KEY that its Routers know ({message})"
         )
-    if code and status in (400, 413, 422):
-        return BadRequest(message)
-    return ManagerUnavailable(message)
+    if code in _REFUSALS and status == _REFUSALS[code].status:
+        return _REFUSALS[code](message)
+    return BadRequest(message) if code and status in (400, 413, 422) else ManagerUnavailable(message)

@@ -18,6 +18,7 @@ from queue_schemas import (
     BadRequest,
     Heartbeat,
     InferqError,
+    PermissionRefused,
     Registration,
     RegistrationAnswer,
     SessionId,
@@ -105,7 +106,8 @@ class Membership:
         """Register, trying until a Manager accepts.
 
         Raises ``WorkerIdTaken`` when another worker holds the id for 3 s and, the ``first`` time, what waiting
-        cannot fix: ``AuthenticationFailed``, ``BadRequest``. With several URLs that is raised once each has refused:
+        cannot fix: ``AuthenticationFailed``, ``PermissionRefused``, ``BadRequest``. With several URLs that is raised
+        once each has refused:
         one that does not answer yet may still accept this worker.
         """
         failures = taken = 0
@@ -212,7 +214,7 @@ class Membership:
 
 def _is_refusal(error: InferqError) -> bool:
     """Whether waiting cannot change the answer."""
-    return isinstance(error, AuthenticationFailed | BadRequest)
+    return isinstance(error, AuthenticationFailed | PermissionRefused | BadRequest)
 
 
 def _version() -> str:

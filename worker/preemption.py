@@ -9,7 +9,6 @@ import asyncio
 from collections import Counter
 from collections.abc import Sequence
 
-from broker import Broker
 from openai_api.completions.whole_answer import MAX_PREFIX_BYTES
 from queue_schemas import InferqError, Lane, Lease, Pool
 from scheduling.preemption import ASK_AGAIN_MS, YieldPolicy
@@ -18,6 +17,7 @@ from telemetry import get_logger
 from .attempts import Attempt, Attempts
 from .core import Claim, Slots
 from .metrics import WorkerMetrics
+from .queue import Queue
 
 CLAIM_LIMIT_S = 0.1
 """A claim under way may bring the very job that waits: so long its answer is waited for."""
@@ -37,14 +37,14 @@ class Preemption:
 
     def __init__(
         self,
-        broker: Broker,
+        queue: Queue,
         policy: YieldPolicy,
         slots: Slots,
         attempts: Attempts,
         metrics: WorkerMetrics,
         region: str,
     ) -> None:
-        self._broker = broker
+        self._queue = queue
         self._policy = policy
         self._slots = slots
         self._attempts = attempts
@@ -129,7 +129,7 @@ class Preemption:
         if reason == "ended":
             return  # the queue is being told
         try:
-            await self._broker.attempts.decline_to_yield(attempt.lease, for_now=reason in _FOR_NOW, region=self._region)
+            await self._queue.attempts.decline_to_yield(attempt.lease, for_now=reason in _FOR_NOW, region=self._region)
         except InferqError as error:  # the queue asks others after a while
             log.warning("not_declined", error=error.message, job_id=attempt.lease.job.id)
 

@@ -25,6 +25,7 @@ from queue_schemas import (
     new_session_id,
 )
 from queue_schemas.addresses import is_loopback
+from queue_schemas.worker_protocol.messages import Joined
 from scheduling.slots import EngineLoad
 from telemetry import (
     MetricsRegistry,
@@ -38,6 +39,7 @@ from telemetry.http.server import bind_socket, refuse_unguarded, run_process, ru
 from telemetry.redaction import redact_url
 from telemetry.reporting import reporting
 
+from .addresses import Addresses
 from .context import WorkerContext
 from .engines import Engine
 from .engines.adapter_folder import AdapterFolder
@@ -45,6 +47,9 @@ from .engines.choice import make_engine
 from .engines.process import ProcessEngine
 from .manager_client import ManagerClient
 from .metrics import WorkerMetrics
+from .over_http.manager_client import HttpManagerClient
+from .over_http.queue import HttpQueue
+from .queue import Queue
 from .routes import Status, make_app
 from .session import WorkerSession
 from .settings import WorkerSettings
@@ -77,8 +82,10 @@ class Worker:
         self._metrics = WorkerMetrics(self.registry)
         self._listener = listener
         self._engine = engine or make_engine(settings, self._metrics.engine_restarts.inc)
-        self._client = ManagerClient(settings.manager_urls, settings.join_token.get_secret_value())
-        self._broker: Broker | None = None
+        self._addresses = Addresses.of(settings)
+        make_client = HttpManagerClient if settings.over_http else ManagerClient
+        self._client = make_client(self._addresses)
+        self._queue: Queue | None = None
         self._context = WorkerContext(
             settings=settings,
             engine=self._engine,
@@ -112,8 +119,8 @@ class Worker:
         finally:
             await self._engine.stop(self.settings.engine_stop_timeout_ms / 1000)
             await self._client.close()
-            if self._broker is not None:
-                await self._broker.close()
+            if self._queue is not None:
+                await self._queue.close()
         log.info("worker_ended")
 
     def status(self) -> Status:
@@ -158,21 +165,28 @@ class Worker:
             first = False
             self._session = WorkerSession(self._context, new_session_id(self.settings.name))
 
-    async def _connect(self, answer: RegistrationAnswer) -> Broker:
-        """The broker, opened at the first call; waits for a Redis that is away or full."""
-        if self._broker is None:
+    async def _connect(self, answer: RegistrationAnswer) -> Queue:
+        """The queue, opened at the first call; waits for a Redis that is away or full."""
+        if self._queue is None:
+            queue = self._queue = await self._open(answer)
+            self.registry.watch_round_trips(lambda: queue.round_trips)
+        if isinstance(self._queue, HttpQueue) and isinstance(answer, Joined):
+            self._queue.workers.unjoined = set(answer.unjoined)
+        return self._queue
 
-            async def connect() -> Broker:
-                url = await complete_url(self.settings.redis_url or answer.broker_url)
-                return await Broker.connect(BrokerSettings.load(redis_url=url, shards=answer.shards))
+    async def _open(self, answer: RegistrationAnswer) -> Queue:
+        if self.settings.over_http:
+            return HttpQueue(self._addresses, answer.shards)
 
-            broker = self._broker = await _BACKOFF.retry(
-                connect,
-                when=lambda error: isinstance(error, BrokerUnavailable | BrokerFull),
-                failed=lambda error, pause_s: log.warning("queue_unreachable", error=str(error), again_in_s=pause_s),
-            )
-            self.registry.watch_round_trips(lambda: broker.round_trips)
-        return self._broker
+        async def connect() -> Broker:
+            url = await complete_url(self.settings.redis_url or answer.broker_url)
+            return await Broker.connect(BrokerSettings.load(redis_url=url, shards=answer.shards))
+
+        return await _BACKOFF.retry(
+            connect,
+            when=lambda error: isinstance(error, BrokerUnavailable | BrokerFull),
+            failed=lambda error, pause_s: log.warning("queue_unreachable", error=str(error), again_in_s=pause_s),
+        )
 
     @property
     def _load(self) -> EngineLoad | None:

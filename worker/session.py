@@ -7,7 +7,6 @@ import time
 from functools import partial
 from typing import NoReturn
 
-from broker import Broker
 from queue_schemas import Assignment, EngineState, Fenced, InferqError, SessionId, WorkerStatus, shard_of_job
 from scheduling.preemption import YieldPolicy
 from scheduling.slots import SlotBounds
@@ -26,8 +25,10 @@ from .frame_batcher import FrameBatcher
 from .lease_renewals import RENEWALS_PER_LEASE, LeaseRenewals
 from .load_monitor import LoadMonitor
 from .membership import Membership
+from .over_http.queue import HttpQueue
 from .peers import Peers
 from .preemption import Preemption
+from .queue import Queue
 from .shard_consumer import ShardConsumer
 
 SWEEP_S = 0.25
@@ -77,7 +78,7 @@ class WorkerSession:
         """Shards whose server does not answer now."""
         self._watchdog = LoopWatchdog(time.monotonic(), settings.loop_stall_timeout_ms / 1000)
         self._renewing: asyncio.Task[None] | None = None
-        self._broker: Broker | None = None
+        self._queue: Queue | None = None
         self._attempts: Attempts | None = None
         self._preemption: Preemption | None = None
 
@@ -137,36 +138,41 @@ class WorkerSession:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._membership.run(), name="heartbeats")
             group.create_task(self._membership.hold_session_connection(self.session_id), name="session connection")
-            broker = await self._context.connect(answer)
-            unjoined = await self._join(broker)
+            queue = await self._context.connect(answer)
+            unjoined = await self._join(queue)
+            served_elsewhere = (
+                queue.is_served_elsewhere
+                if isinstance(queue, HttpQueue)
+                else Peers(queue, self.session_id).is_served_elsewhere
+            )
             frame_batcher = FrameBatcher(
-                broker.attempts.publish,
-                broker.attempts.append,
+                queue.attempts.publish,
+                queue.attempts.append,
                 interval_ms=self._context.settings.flush_interval_ms,
                 limit_bytes=self._context.settings.frame_buffer_bytes,
             )
             step_reader = StepReader(frame_batcher.flush, max_wait_s=self._context.settings.flush_interval_ms / 1000)
             attempts = Attempts(
                 self._context.engine,
-                broker,
+                queue,
                 frame_batcher,
                 step_reader,
                 self._context.metrics,
                 max_answer_bytes=self._context.settings.max_answer_bytes,
-                other_worker_serves=Peers(broker, self.session_id).is_served_elsewhere,
+                other_worker_serves=served_elsewhere,
                 preemption=settings.preemption,
                 ended=self._ended,
             )
-            self._broker, self._attempts = broker, attempts
+            self._queue, self._attempts = queue, attempts
             policy = YieldPolicy(settings.preemption_share, settings.preemption_min_gain_ms / 1000)
             preemption = self._preemption = Preemption(
-                broker, policy, self.slots, attempts, self._context.metrics, settings.region
+                queue, policy, self.slots, attempts, self._context.metrics, settings.region
             )
             group.create_task(frame_batcher.run(), name="frame batcher")
             group.create_task(step_reader.run(), name="step reader")
             lease_s = answer.lease_ms / 1000
             self._watchdog.ticked_at = time.monotonic()
-            renewals = LeaseRenewals(broker.workers.renewer_apart(), self.session_id, self._watchdog, lease_s)
+            renewals = LeaseRenewals(queue.workers.renewer_apart(), self.session_id, self._watchdog, lease_s)
             self._renewing = group.create_task(renewals.run(), name="lease renewals")
             group.create_task(self._watch_engine(attempts, lease_s), name="engine's progress")
             group.create_task(self._sweep(attempts), name="sweep")
@@ -176,12 +182,13 @@ class WorkerSession:
                 group.create_task(self._adapters.run(attempts), name="adapters")
             if self._context.adapters is not None:
                 group.create_task(self._watch_folder(self._context.adapters), name="folder of adapters")
-            sweeper = FallbackSweeper(broker, self.session_id, self._context.metrics, lease_s)
-            group.create_task(sweeper.run(), name="fallback sweeper")
+            if not isinstance(queue, HttpQueue):  # one over HTTP may not touch others' jobs
+                sweeper = FallbackSweeper(queue, self.session_id, self._context.metrics, lease_s)
+                group.create_task(sweeper.run(), name="fallback sweeper")
             self._consumers = [
                 ShardConsumer(
                     shard,
-                    broker,
+                    queue,
                     self.session_id,
                     self.slots,
                     attempts,
@@ -191,7 +198,7 @@ class WorkerSession:
                     preemption=preemption,
                     adapters=self._adapters,
                 )
-                for shard in range(broker.shards)
+                for shard in range(queue.shards)
             ]
             for shard, consumer in enumerate(self._consumers):
                 group.create_task(consumer.run(group, joined=shard not in unjoined), name=f"shard {shard}")
@@ -202,11 +209,11 @@ class WorkerSession:
         renewals.answer_ping()
         self._membership.notify()
 
-    async def _join(self, broker: Broker) -> set[int]:
+    async def _join(self, queue: Queue) -> set[int]:
         """Join every shard that answers, at least one; those that did not."""
         while True:
             try:
-                unjoined = await broker.workers.join(self.session_id)
+                unjoined = await queue.workers.join(self.session_id)
             except Fenced:
                 raise
             except InferqError as error:
@@ -252,19 +259,19 @@ class WorkerSession:
         self.slots.draining = True
         self._reconsider()
         self._membership.notify()
-        attempts, broker = self._attempts, self._broker
-        if attempts is not None and broker is not None:
+        attempts, queue = self._attempts, self._queue
+        if attempts is not None and queue is not None:
             log.info("draining", running=len(attempts), timeout_s=timeout_s)
             await attempts.finish(timeout_s, self._context.hurry)
             if self._renewing is not None:
                 self._renewing.cancel()  # no lease is left, and a session that has left is answered FENCED
-            await within(self._leave(broker), LEAVE_TIMEOUT_S)
+            await within(self._leave(queue), LEAVE_TIMEOUT_S)
         if self._membership.registered:
             await within(self._deregister(), LEAVE_TIMEOUT_S)
 
-    async def _leave(self, broker: Broker) -> None:
+    async def _leave(self, queue: Queue) -> None:
         try:
-            await broker.workers.leave(self.session_id)
+            await queue.workers.leave(self.session_id)
         except InferqError as error:
             log.warning("queue_not_left", error=error.message)
 

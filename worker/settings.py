@@ -51,6 +51,19 @@ class WorkerSettings(RoleSettings):
     join_token: HeaderSecret = Field(
         SecretStr(""), description="the fleet's secret, sent to the Manager and required of callers of the worker"
     )
+    key: HeaderSecret = Field(
+        SecretStr(""),
+        description="this worker's own credential at Routers (their worker_credentials_file), for a worker over HTTP: "
+        "it needs neither the join token nor Redis",
+    )
+    transport: Literal["auto", "redis", "http"] = Field(
+        "auto",
+        description="how the queue is reached: at its Redis, or over HTTP through the Routers of manager_urls; auto: "
+        "HTTP with a key of its own, else Redis",
+    )
+    tls_ca_file: str = Field("", description="certificates to check https:// Routers by; empty: the system's")
+    tls_cert_file: str = Field("", description="client certificate to show them (mutual TLS)")
+    tls_key_file: str = Field("", description="its private key, unless it is in the same file")
     insecure: bool = Field(False, description="listen on a public address without a join token")
     region: str = Field(
         "", description="region of this worker, whose jobs it runs before those of other regions; empty: no region"
@@ -172,6 +185,10 @@ class WorkerSettings(RoleSettings):
             raise ValueError("say what to serve: --model MODEL (vLLM), --engine-url URL, or --engine sim")
         if not self.manager_urls:
             raise ValueError("give at least one --manager-url")
+        if self.transport == "redis" and self.key.get_secret_value():
+            raise ValueError("a worker's --key is for --transport http; beside Redis it needs the join token")
+        if self.over_http and self.redis_url:
+            raise ValueError("give --redis-url, or --transport http (or a --key), not both")
         if ray := [url for url in self.manager_urls if url.startswith("ray:")]:
             raise ValueError(f"--manager-url {ray[0]}: workers do not use Ray; give the Router's http:// address")
         try:
@@ -217,6 +234,11 @@ class WorkerSettings(RoleSettings):
         if self.engine != "auto":
             return self.engine
         return "url" if self.engine_url else "vllm"
+
+    @property
+    def over_http(self) -> bool:
+        """Whether the queue is reached through Routers."""
+        return self.transport == "http" or (self.transport == "auto" and bool(self.key.get_secret_value()))
 
     @property
     def name(self) -> str:

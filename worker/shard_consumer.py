@@ -7,7 +7,6 @@ import contextlib
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from broker import Broker
 from queue_schemas import Claimed, Control, ControlKind, Fenced, InferqError, Lease, Pool, SessionId
 from telemetry import get_logger
 from telemetry.backoff import Backoff
@@ -17,6 +16,7 @@ from .attempts.adapter_loads import AdapterLoads
 from .context import WorkerContext
 from .core import Claim, Slots
 from .preemption import Preemption
+from .queue import Queue
 
 CONTROL_BLOCK_MS = 5_000
 _BACKOFF = Backoff(0.1, 2.0)
@@ -35,7 +35,7 @@ class ShardConsumer:
     def __init__(
         self,
         shard: int,
-        broker: Broker,
+        queue: Queue,
         session_id: SessionId,
         slots: Slots,
         attempts: Attempts,
@@ -47,7 +47,7 @@ class ShardConsumer:
         adapters: AdapterLoads | None = None,
     ) -> None:
         self._shard = shard
-        self._broker = broker
+        self._queue = queue
         self._session_id = session_id
         self._slots = slots
         self._attempts = attempts
@@ -76,7 +76,7 @@ class ShardConsumer:
         while not joined:
             await asyncio.sleep(_RETRY_S)
             try:
-                await self._broker.workers.join_on(self._shard, self._session_id)
+                await self._queue.workers.join_on(self._shard, self._session_id)
                 joined = True
             except Fenced:
                 raise
@@ -110,7 +110,7 @@ class ShardConsumer:
         shard = self._shard
         self._must_reconcile = False
         try:
-            not_held = await self._broker.workers.reconcile_leases(
+            not_held = await self._queue.workers.reconcile_leases(
                 shard, self._session_id, self._slots.last_seq(shard), self._attempts.leases(shard)
             )
         except Fenced:
@@ -127,7 +127,7 @@ class ShardConsumer:
         """Send ``claim``; None if it was not answered and must be sent again. Raises ``Fenced``."""
         region = self._context.settings.region
         try:
-            return await self._broker.workers.claim(
+            return await self._queue.workers.claim(
                 claim.shard, self._session_id, claim.seq, claim.turn, claim.n, claim.pools, region,
                 offer=claim.offer, received=claim.received,
                 cache=claim.cache, slots=claim.slots, capacity=claim.capacity,
@@ -142,7 +142,7 @@ class ShardConsumer:
     async def _hand_back(self, lease: Lease) -> None:
         """Give back a job that was handed over when none can be run here any more."""
         try:
-            await self._broker.attempts.release(lease, "its worker takes no jobs now", counted=False)
+            await self._queue.attempts.release(lease, "its worker takes no jobs now", counted=False)
         except InferqError as error:
             log.warning("job_not_handed_back", job_id=lease.job.id, error=error.message)
         finally:
@@ -185,7 +185,7 @@ class ShardConsumer:
         after, failures = "0", 0
         while True:
             try:
-                messages = await self._broker.workers.read_control(shard, self._session_id, after, CONTROL_BLOCK_MS)
+                messages = await self._queue.workers.read_control(shard, self._session_id, after, CONTROL_BLOCK_MS)
             except Fenced:
                 raise
             except InferqError as error:

@@ -159,16 +159,18 @@ class Workers:
         """A renewer with a connection of its own, to be used and closed in one event loop, which may be another."""
         return Renewer(self._open_caller(), self._keys, self._control_read, self._unjoined, RENEWAL_SHARD_TIMEOUT_S)
 
-    async def reconcile_leases(self, shard: int, session_id: SessionId, seq: int, leases: Sequence[Lease]) -> set[str]:
+    async def reconcile_leases(
+        self, shard: int, session_id: SessionId, seq: int, leases: Sequence[Lease], read_to: str = ""
+    ) -> set[str]:
         """Compare ``leases``, all that ``session_id`` runs on ``shard``, with what Redis knows, which may have lost its
         latest writes in a restart or a failover.
 
         Returns the ids of attempts that this worker no longer owns: their answers would be rejected. Jobs leased to it
-        that it does not run wait again, uncounted. ``seq`` is that of its last claim. Raises ``Fenced`` if the session
-        was declared dead.
+        that it does not run wait again, uncounted. ``seq`` is that of its last claim, ``read_to`` the id of the last
+        control message that it has read, where that was not here. Raises ``Fenced`` if the session was declared dead.
         """
         keys = self._keys[shard]
-        last_read = self._control_read.get((shard, session_id), "0")
+        last_read = read_to or self._control_read.get((shard, session_id), "0")
         attempts = [part for lease in leases for part in attempt_of(lease)]
         reply = await self._caller.script(
             "reconcile_leases", keys.budget, keys.prefix, session_id, seq, last_read, *attempts
@@ -176,6 +178,20 @@ class Workers:
         if reply[0] == b"fenced":
             raise Fenced(f"{session_id} was declared dead: join again as a new session_id")
         return {attempt_id.decode() for attempt_id in reply[1:]}
+
+    async def held(self, shard: int, session_id: SessionId) -> int:
+        """How many jobs of ``shard`` are leased to ``session_id``."""
+        key = self._keys[shard].leases(session_id)
+        return int(await self._caller.once(key, "HLEN", key))
+
+    async def forget(self, session_id: SessionId) -> None:
+        """Drop what is remembered here of a session whose control messages are read elsewhere, or by nobody."""
+        self._unjoined.pop(session_id, None)
+        for keys in self._keys:
+            key = keys.control(session_id)
+            self._control_read.pop((keys.shard, session_id), None)
+            self._control_bytes.pop(key, None)
+            await self._caller.link.forget(key)
 
     async def leave(self, session_id: SessionId) -> Reclaimed:
         """Leave the fleet; leased jobs wait again as if never started. Raises once every shard was tried."""

@@ -83,6 +83,9 @@ class ClusterLink:
             raise RedisConnectionError(f"the key's slot is on another node, or on its way there: {moved}")
         return replies
 
+    async def forget(self, key: str) -> None:
+        await self._readers.forget(key)
+
     async def node_of(self, key: str) -> str:
         return (await self._node(key)).name
 

@@ -40,6 +40,9 @@ class Link(Protocol):
         """Send commands in one piece on a connection that only pipelines use, which the last of them may block up to
         ``limit_s``. Refusals are ``ResponseError`` in place of a reply; a lost connection is raised."""
 
+    async def forget(self, key: str) -> None:
+        """Close what only blocking commands of ``key`` use."""
+
     async def node_of(self, key: str) -> str:
         """What tells the node that holds ``key`` from others of its topology; empty where there is but one."""
 
@@ -72,6 +75,9 @@ class MultiplexedLink:
     async def pipeline(self, key: str, limit_s: float, commands: Sequence[Sequence[Any]]) -> list[Any]:
         connection = await self._pipelines.at(key, "", self._open)
         return await connection.pipeline(limit_s + self._limit_s, commands)
+
+    async def forget(self, key: str) -> None:
+        await self._readers.forget(key)
 
     async def node_of(self, key: str) -> str:
         return ""
@@ -109,6 +115,9 @@ class ClientLink:
             answers = pipeline.execute(raise_on_error=False)
             replies: list[Any] = await asyncio.wait_for(answers, limit_s + 10)  # noqa: TID251 - as above
             return replies
+
+    async def forget(self, key: str) -> None:
+        return
 
     async def node_of(self, key: str) -> str:
         return ""

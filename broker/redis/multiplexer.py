@@ -127,6 +127,11 @@ class KeyedConnections:
             await connection.close()
             raise
 
+    async def forget(self, key: str) -> None:
+        """Close that of ``key``."""
+        if (placed := self._placed.pop(key, None)) is not None:
+            await placed[1].close()
+
     async def close(self) -> None:
         """Close all; each opens again when it is used."""
         await asyncio.gather(*(connection.close() for _, connection in list(self._placed.values())))

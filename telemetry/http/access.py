@@ -33,6 +33,8 @@ class Access(StrEnum):
     """An API key; what belongs to a tenant is shown to that tenant's keys only."""
     CLIENT_OR_MEMBER = "client, member"
     """An API key or the join token."""
+    WORKER = "worker, member"
+    """A worker's credential, which allows some models, or the join token."""
     MEMBER = "member"
     """The join token: workers, Routers, Managers and operators."""
 

@@ -5,7 +5,7 @@ Serving an app on a port is in :mod:`telemetry.http.server`.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from http import HTTPStatus
 from typing import Any
@@ -23,7 +23,7 @@ from .browser_pages import add_browser_pages
 from .error_answers import add_error_handlers
 from .methods import DerivedMethods
 from .openapi import FLEET, Describe, Document, add_security, complete_document, operations
-from .request_context import RequestContext
+from .request_context import RequestContext, Unbounded
 
 
 async def call_app(
@@ -68,12 +68,12 @@ def prepare_app(
     metrics: MetricsRegistry,
     *,
     max_body_bytes: int = 1024 * 1024,
-    unbounded: Collection[tuple[str, str]] = (),
+    unbounded: Unbounded = lambda *_: False,
     unknown_path: str = "see /docs for what there is",
     describe: Describe | None = None,
 ) -> FastAPI:
     """Give ``app`` the request context, a limit on bodies, handlers that turn every error into the OpenAI error object,
-    and an OpenAPI document that says so. ``unbounded``: methods and paths that bound their bodies themselves.
+    and an OpenAPI document that says so. ``unbounded``: requests that bound their bodies themselves.
     ``unknown_path`` ends the sentence that answers any other path. ``describe`` says in the document who may ask
     what."""
     # A redirect would name the scheme and host of the request as the app sees them: behind a proxy that ends TLS it

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from time import perf_counter
 from typing import Any
@@ -26,6 +26,8 @@ from .error_answers import send_error
 REQUEST_ID_HEADER = b"x-request-id"
 
 _SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}")
+Unbounded = Callable[[str, str], bool]
+"""Whether requests with a method and path bound their bodies themselves."""
 _RawHeaders = Iterable[tuple[bytes, bytes]]
 log = get_logger(__name__)
 
@@ -53,10 +55,11 @@ class RequestContext:
     body, counts it, and answers an unforeseen exception with the error object instead of a closed connection."""
 
     def __init__(
-        self, app: ASGIApp, metrics: MetricsRegistry, max_body_bytes: int, unbounded: Collection[tuple[str, str]] = ()
+        self, app: ASGIApp, metrics: MetricsRegistry, max_body_bytes: int, unbounded: Unbounded = lambda *_: False
     ) -> None:
+        """``unbounded``: the requests whose bodies are bounded elsewhere."""
         self._app = app
-        self._unbounded = frozenset(unbounded)
+        self._unbounded = unbounded
         self._max_body_bytes = max_body_bytes
         self._role = metrics.role
         self._requests = requests_counted(metrics)
@@ -82,7 +85,7 @@ class RequestContext:
             await send(message)
 
         try:
-            if (scope["method"], scope["path"]) not in self._unbounded:
+            if not self._unbounded(scope["method"], scope["path"]):
                 _check_length(scope["headers"], self._max_body_bytes)
                 receive = _bounded(decoded_body(receive, scope["headers"]), self._max_body_bytes)
             else:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import aclosing
 
-from broker import Broker
 from openai_api.completions.whole_answer import WholeAnswer
 from queue_schemas import EngineFailed, InferqError, Job, Lease, Outcome, shard_of_job
 from telemetry import get_logger
@@ -14,6 +13,7 @@ from ..core import Continuation, is_complete, is_readable, read_usage
 from ..engines import EngineAnswer, EngineGone, StepReader
 from ..frame_batcher import FrameBatcher, FrameSender
 from ..metrics import WorkerMetrics
+from ..queue import Queue
 from .attempt import Attempt, Ending, Settle, StopReason, log_fields
 
 log = get_logger(__name__)
@@ -24,7 +24,7 @@ class AnswerRelay:
 
     def __init__(
         self,
-        broker: Broker,
+        queue: Queue,
         frame_batcher: FrameBatcher,
         step_reader: StepReader,
         metrics: WorkerMetrics,
@@ -33,7 +33,7 @@ class AnswerRelay:
         self.output_count = 0
         """Pieces of output that arrived from the engine so far."""
         self.max_answer_bytes = max_answer_bytes
-        self._broker = broker
+        self._queue = queue
         self._frame_batcher = frame_batcher
         self._step_reader = step_reader
         self._metrics = metrics
@@ -160,7 +160,7 @@ class AnswerRelay:
     async def _clear_suspicion(self, lease: Lease) -> None:
         """What crashed engines before is behind this job now: its worker may hold the next suspect."""
         try:
-            await self._broker.attempts.clear_suspicion(lease)
+            await self._queue.attempts.clear_suspicion(lease)
         except InferqError as error:
             log.warning("suspicion_not_cleared", error=error.message, **log_fields(lease))
 

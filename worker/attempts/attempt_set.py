@@ -10,7 +10,6 @@ import asyncio
 from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
-from broker import Broker
 from queue_schemas import JobId, Lane, Lease, Pool, shard_of_job
 from telemetry import get_logger, span_from, tracing_enabled
 
@@ -18,6 +17,7 @@ from ..core.slots import RETRY_APART_S
 from ..engines import Engine, StepReader
 from ..frame_batcher import FrameBatcher
 from ..metrics import WorkerMetrics
+from ..queue import Queue
 from .answer_relay import AnswerRelay
 from .attempt import Attempt, EngineDisconnected, Settle, StopReason, StreamTimeouts, Yield, log_fields
 from .end_reports import EndReports
@@ -42,7 +42,7 @@ class Attempts:
     def __init__(
         self,
         engine: Engine,
-        broker: Broker,
+        queue: Queue,
         frame_batcher: FrameBatcher,
         step_reader: StepReader,
         metrics: WorkerMetrics,
@@ -55,9 +55,9 @@ class Attempts:
         self._metrics = metrics
         self._step_reader = step_reader
         self._ended = ended
-        self._relay = AnswerRelay(broker, frame_batcher, step_reader, metrics, max_answer_bytes)
-        self._runner = AttemptRunner(engine, broker, self._relay, metrics, other_worker_serves, preemption=preemption)
-        self._reports = EndReports(broker, metrics)
+        self._relay = AnswerRelay(queue, frame_batcher, step_reader, metrics, max_answer_bytes)
+        self._runner = AttemptRunner(engine, queue, self._relay, metrics, other_worker_serves, preemption=preemption)
+        self._reports = EndReports(queue, metrics)
         self._engine_disconnects = EngineDisconnects(engine, self._reports)
         # By attempt: a job that was released may come back here before the answer to its release was seen.
         self._running: dict[str, Attempt] = {}

@@ -9,7 +9,6 @@ from typing import Any
 
 import orjson
 
-from broker import Broker
 from openai_api.paths import wants_usage
 from openai_api.sse import DONE_EVENT
 from openai_api.transcript import Transcript
@@ -18,6 +17,7 @@ from telemetry import get_logger
 
 from ..core.continuation import Continuation, continue_request, detokenized, tokenized
 from ..engines import Engine, EngineCall, new_call_id
+from ..queue import Queue
 
 TOKENIZE_LIMIT_S = 5.0
 """So long an engine may take over what is asked of it to plan one continuation."""
@@ -50,10 +50,10 @@ class Delivered:
     rest: bytes | None = None
 
 
-async def read_delivered(broker: Broker, job: Job, limit_bytes: int) -> Delivered:
-    """The persisted output of ``job``, up to ``limit_bytes`` of text. Raises what the broker raises."""
+async def read_delivered(queue: Queue, job: Job, limit_bytes: int) -> Delivered:
+    """The persisted output of ``job``, up to ``limit_bytes`` of text. Raises what the queue raises."""
     transcript = Transcript(limit_bytes)
-    async for frame in broker.output.frames(job.id):
+    async for frame in queue.output.frames(job.id):
         transcript.add(frame.data)
     try:
         if transcript.complete:

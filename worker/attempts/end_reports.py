@@ -6,11 +6,11 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
-from broker import Broker
 from queue_schemas import InferqError, Settled
 from telemetry import get_logger
 
 from ..metrics import WorkerMetrics
+from ..queue import Queue
 from .attempt import Attempt, Release, Settle, Yield, log_fields
 
 _RETRY_PAUSE_S = 1.0
@@ -26,8 +26,8 @@ class EndReports:
     and a live worker renews a lease that is not ended. Repeats are safe: the queue's fence passes only the first.
     """
 
-    def __init__(self, broker: Broker, metrics: WorkerMetrics) -> None:
-        self._broker = broker
+    def __init__(self, queue: Queue, metrics: WorkerMetrics) -> None:
+        self._queue = queue
         self._metrics = metrics
 
     async def settle(self, attempt: Attempt, ending: Settle) -> None:
@@ -35,7 +35,7 @@ class EndReports:
         lease = attempt.lease
         run_ms = round((asyncio.get_running_loop().time() - attempt.started) * 1000)
         answer = await self._until_answered(
-            lambda: self._broker.attempts.settle(lease, ending.outcome, ending.frames, used=ending.used, run_ms=run_ms),
+            lambda: self._queue.attempts.settle(lease, ending.outcome, ending.frames, used=ending.used, run_ms=run_ms),
             "settle_failed",
             attempt,
         )
@@ -51,7 +51,7 @@ class EndReports:
         lease = attempt.lease
         avoid_ms = round(ending.wait_s * 1000)
         answer = await self._until_answered(
-            lambda: self._broker.attempts.release(lease, ending.reason, counted=ending.counted, avoid_ms=avoid_ms),
+            lambda: self._queue.attempts.release(lease, ending.reason, counted=ending.counted, avoid_ms=avoid_ms),
             "release_failed",
             attempt,
         )
@@ -65,7 +65,7 @@ class EndReports:
         """The job goes on later behind what it said."""
         lease = attempt.lease
         answer = await self._until_answered(
-            lambda: self._broker.attempts.release_yielded(lease, ending.reason, ending.following),
+            lambda: self._queue.attempts.release_yielded(lease, ending.reason, ending.following),
             "yield_failed",
             attempt,
         )
@@ -80,7 +80,7 @@ class EndReports:
         last = max(attempts, key=lambda attempt: attempt.deadline)
         leases = [attempt.lease for attempt in attempts]
         answers = await self._until_answered(
-            lambda: self._broker.attempts.report_crash(leases, reason), "crash_report_failed", last
+            lambda: self._queue.attempts.report_crash(leases, reason), "crash_report_failed", last
         )
         for lease, answer in zip(leases, answers or (), strict=False):
             self._metrics.settled(answer)

@@ -7,7 +7,6 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
-from broker import Broker
 from openai_api.completions.whole_answer import WholeAnswer, streamed
 from openai_api.sse import EVENT_STREAM
 from queue_schemas import BadRequest, DeadlineExceeded, EngineFailed, InferqError, Job, Outcome, Pool
@@ -18,6 +17,7 @@ from ..core import Continuation, Retry, RetryLater, judge_answer, judge_failure,
 from ..core.slots import RETRY_APART_S
 from ..engines import Engine, EngineAnswer, EngineCall, EngineGone, new_call_id
 from ..metrics import WorkerMetrics
+from ..queue import Queue
 from .answer_relay import AnswerRelay
 from .attempt import Attempt, Ending, EngineDisconnected, Release, Settle, StopReason, Yield, log_fields
 from .continuation_planner import Continuations, NotContinuable, read_delivered
@@ -52,7 +52,7 @@ class AttemptRunner:
     def __init__(
         self,
         engine: Engine,
-        broker: Broker,
+        queue: Queue,
         relay: AnswerRelay,
         metrics: WorkerMetrics,
         other_worker_serves: Callable[[Pool], Awaitable[bool]],
@@ -60,7 +60,7 @@ class AttemptRunner:
         preemption: bool,
     ) -> None:
         self._engine = engine
-        self._broker = broker
+        self._queue = queue
         self._relay = relay
         self._metrics = metrics
         self._other_worker_serves = other_worker_serves
@@ -105,7 +105,7 @@ class AttemptRunner:
         job = lease.job
         if job.persisted and job.stream and lease.epoch > 1:
             try:
-                delivered = await read_delivered(self._broker, job, self._relay.max_answer_bytes)
+                delivered = await read_delivered(self._queue, job, self._relay.max_answer_bytes)
             except InferqError as error:
                 return Release(f"its persisted output could not be read: {error.public}", counted=False)
             if delivered.rest is not None:
@@ -239,7 +239,7 @@ class AttemptRunner:
             unsent = await attempt.sender.close() if attempt.sender is not None else b""
             if unsent:
                 try:
-                    await self._broker.attempts.append(lease, unsent)
+                    await self._queue.attempts.append(lease, unsent)
                 except InferqError as error:  # it is said once more
                     log.warning("frames_not_appended", error=error.message, **log_fields(lease))
             return Yield(reason)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from broker.redis.batching import MAX_BATCH_BYTES, MAX_BATCH_ITEMS, Batcher
+from telemetry.batching import MAX_BATCH_BYTES, MAX_BATCH_ITEMS, Batcher
 
 
 class Recorder:

@@ -1,4 +1,4 @@
-"""``Batcher`` sends concurrent calls of one kind to Redis in one round trip and returns each caller its own answer.
+"""``Batcher`` sends concurrent calls of one kind in one round trip and returns each caller its own answer.
 
 No timer delays anything: a batch is what has gathered while the previous one was on its way, so a lone call goes out
 at once and a thousand concurrent ones share a few. What fills a batch does not wait for the previous one.
