@@ -176,6 +176,7 @@ async def whole_inferq(
     *engine_urls: str,
     slots: int = SLOTS,
     workers: int = 1,
+    transport: str = "redis",
     router_options: Sequence[str] = (),
     worker_options: Sequence[str] = (),
 ) -> AsyncIterator[tuple[System, str]]:
@@ -197,6 +198,7 @@ async def whole_inferq(
                     queue.url,
                     engine_urls[number % len(engine_urls)],
                     slots=slots,
+                    transport=transport,
                     options=worker_options,
                 )
             )
@@ -232,6 +234,7 @@ async def worker(
     engine_url: str,
     *,
     slots: int = SLOTS,
+    transport: str = "redis",
     options: Sequence[str] = (),
 ) -> AsyncIterator[int]:
     """A Worker that is ready: its process id."""
@@ -239,7 +242,8 @@ async def worker(
     arguments = (
         *("--worker-id", f"bench-{name}", "--port", str(port), "--slots", str(slots), "--manager-url", manager_url),
         # Without a join token, nobody tells a worker the password of the embedded queue.
-        *("--redis-url", redis_url, "--engine-url", engine_url, "--log-level", "warning", *options),
+        *(("--redis-url", redis_url) if transport == "redis" else ()),
+        *("--transport", transport, "--engine-url", engine_url, "--log-level", "warning", *options),
     )
     async with running("worker.service", arguments, log) as pid:
         await until_answers(f"http://127.0.0.1:{port}/readyz", log, pid=pid)

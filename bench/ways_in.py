@@ -13,10 +13,9 @@ import logging
 import os
 import platform
 import secrets
-import statistics
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import cast
@@ -25,7 +24,6 @@ import ray
 import uvloop
 from ray import serve
 from rich.console import Console
-from rich.table import Table
 
 from broker import BrokerSettings
 from queue_schemas import RAY_NAMESPACE
@@ -37,27 +35,17 @@ from telemetry.environment import free_port
 from webhooks.settings import WebhookSettings
 
 from .processes import until_answers
+from .ratios import LOADS, ratio_table, windows_in_turns
 from .systems import MODEL, System, fake_engine, whole_inferq
-from .windows import SCENARIOS, Measurement, Scenario, measured
+from .windows import Measurement
 
 WAYS: dict[str, tuple[WayIn, dict[str, str]]] = {
     "replica": ("replica", {}),
     "serve": ("serve", {}),
     "haproxy": ("serve", {"RAY_SERVE_ENABLE_HA_PROXY": "1"}),
 }
-LOADS = tuple(one for one in SCENARIOS if one.name in ("1 client", "64 clients", "32 streams"))
 START_LIMIT_S = 120.0
 STOP_LIMIT_S = 60.0
-
-Read = Callable[[Measurement, Scenario], float]
-METRICS: tuple[tuple[str, str, Read], ...] = (
-    ("1 client", "p50 ms", lambda m, _: m.load.latency_us["p50"] / 1e3),
-    ("64 clients", "requests/s", lambda m, _: m.requests_per_s),
-    ("64 clients", "CPU us/request", lambda m, _: m.cpu_us),
-    ("32 streams", "added TTFT p50 ms", lambda m, s: (m.load.first_us["p50"] - s.delay_us) / 1e3),
-    ("32 streams", "gap p99 ms", lambda m, _: m.load.gap_us["p99"] / 1e3),
-    ("32 streams", "CPU us/token", lambda m, _: m.cpu_us),
-)
 
 
 def _serve_one(way: str, port: int, redis_url: str) -> None:
@@ -120,7 +108,6 @@ async def _ray(way: str, redis_url: str, base: System, log: Path) -> AsyncIterat
 
 
 async def _windows(options: argparse.Namespace, folder: Path, console: Console) -> list[Measurement]:
-    found = []
     async with AsyncExitStack() as exits:
         engine_port, _ = await exits.enter_async_context(fake_engine(folder))
         engine_url = f"http://127.0.0.1:{engine_port}"
@@ -129,17 +116,7 @@ async def _windows(options: argparse.Namespace, folder: Path, console: Console) 
         systems += [
             await exits.enter_async_context(_ray(way, redis_url, fabric, folder / f"{way}.log")) for way in options.ways
         ]
-        for number in range(options.rounds):
-            for scenario in LOADS:
-                first = number % len(systems)
-                for system in (*systems[first:], *systems[:first]):
-                    one = await measured(scenario, system, number)
-                    found.append(one)
-                    console.print(
-                        f"round {number + 1}  {scenario.name:12} {system.name:8} {one.requests_per_s:9,.1f}/s"
-                        f"  foreign {one.foreign:.2f}"
-                    )
-    return found
+        return await windows_in_turns(systems, LOADS, options.rounds, console)
 
 
 async def _all(options: argparse.Namespace, console: Console) -> None:
@@ -149,20 +126,7 @@ async def _all(options: argparse.Namespace, console: Console) -> None:
         f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, Ray {ray.__version__}; "
         f"medians of {options.rounds} rounds, in brackets the median ratio to http"
     )
-    by_name = {scenario.name: scenario for scenario in LOADS}
-    table = Table("load", "metric", "http", *options.ways)
-    for scenario_name, metric, read in METRICS:
-        scenario = by_name[scenario_name]
-        rounds = {
-            system: [read(m, scenario) for m in found if (m.scenario, m.system) == (scenario_name, system)]
-            for system in ("http", *options.ways)
-        }
-        cells = [f"{statistics.median(rounds['http']):,.2f}"]
-        for way in options.ways:
-            ratio = statistics.median(mine / http for mine, http in zip(rounds[way], rounds["http"], strict=True))
-            cells.append(f"{statistics.median(rounds[way]):,.2f} ({ratio:.2f})")
-        table.add_row(scenario_name, metric, *cells)
-    console.print(table)
+    console.print(ratio_table(found, LOADS, ("http", *options.ways)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -35,6 +35,7 @@ from .inference.routes import InferenceRoutes
 from .ports import ManagerPort, OpenQueue
 from .processes.sibling_link import SiblingLink
 from .settings import RouterSettings
+from .workers.routes import WorkerEntry
 
 STORE_CLOSE_LIMIT_S = 2.0
 """How long the last calls to the file store may take at the end."""
@@ -49,6 +50,7 @@ class RouterApp:
         self.services = services
         self._paths = services.settings.paths
         self._web_app = build_web_app(services)
+        self._worker_entry = WorkerEntry(services.worker_calls, services.metrics.registry)
         check_extra_paths(
             self._web_app, services.settings.extra_paths, variable=services.settings.variable("extra_paths")
         )
@@ -81,6 +83,8 @@ class RouterApp:
                     await self._refuse_method(scope, send, path)
                 return
             await self._refuse_spelling(scope, send)
+            return
+        if await self._worker_entry.serve(scope, receive, send):
             return
         state = scope.setdefault("state", {})
         state["connection"] = Connection(receive)

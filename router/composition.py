@@ -76,6 +76,7 @@ from .tenant_limits import tenant_limit
 from .webhooks.endpoint_tests import EndpointTests
 from .webhooks.routes import webhook_routes
 from .webhooks.service import WebhookService
+from .workers.calls import WorkerCalls
 from .workers.credentials import WorkerCredentials
 from .workers.membership import Membership, Registry
 from .workers.routes import worker_routes
@@ -114,6 +115,7 @@ class RouterServices:
     pools: PoolFigures
     workers: WorkerService
     worker_credentials: WorkerCredentials
+    worker_calls: WorkerCalls
     siblings: SiblingLink | None
 
     def not_ready_reasons(self) -> list[str]:
@@ -261,6 +263,7 @@ def build_services(
         pools=PoolFigures(link, settings.scaling_rules),
         workers=workers,
         worker_credentials=worker_credentials,
+        worker_calls=WorkerCalls(workers, worker_credentials),
         siblings=siblings,
     )
 
@@ -293,7 +296,7 @@ def build_web_app(services: RouterServices) -> FastAPI:
         pool_routes(services.pools, gate),
         dead_letter_routes(link, gate),
         manager_routes(services.manager, gate, metrics.registry, lifecycle),
-        worker_routes(services.workers, services.worker_credentials),
+        worker_routes(services.workers, services.worker_credentials, services.worker_calls),
     ):
         app.include_router(routes)
     metrics.watch(

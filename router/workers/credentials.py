@@ -6,8 +6,6 @@ import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from starlette.requests import Request
-
 from queue_schemas import JOIN_TOKEN_HEADER, AuthenticationFailed, CannotStart
 from telemetry import get_logger
 from telemetry.http.access import is_join_token
@@ -15,6 +13,7 @@ from telemetry.http.loopback_access import LoopbackAccess
 
 from .rules import WorkerScope, parse_credentials
 
+_JOIN_TOKEN = JOIN_TOKEN_HEADER.encode()
 _UNLIMITED = WorkerScope.unlimited()
 
 log = get_logger(__name__)
@@ -36,17 +35,17 @@ class WorkerCredentials:
         if self._path is not None:
             self._load(self._path)
 
-    def scope(self, request: Request) -> WorkerScope:
-        """What the caller may do. Raises ``AuthenticationFailed``, or without credentials ``PermissionRefused``."""
-        headers = request.headers
-        if is_join_token(self._join_token, headers.get(JOIN_TOKEN_HEADER, "")):
+    def scope(self, headers: Mapping[bytes, bytes]) -> WorkerScope:
+        """What the caller with these headers (lower-case names) may do. Raises ``AuthenticationFailed``, or where no
+        credentials are set ``PermissionRefused``."""
+        if is_join_token(self._join_token, headers.get(_JOIN_TOKEN, b"").decode("latin-1")):
             return _UNLIMITED
         if self._path is None and not self._join_token and not self._guarded:
-            self._local.check(dict(request.scope["headers"]))
+            self._local.check(headers)
             return _UNLIMITED
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        given = key.strip() if scheme.lower() == "bearer" else ""
-        scope = self._scopes.get(hashlib.sha256(given.encode("utf-8", "replace")).digest())
+        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+        given = key.strip() if scheme.lower() == b"bearer" else b""
+        scope = self._scopes.get(hashlib.sha256(given).digest())
         if scope is None or not given:
             what = "not known here, or not any more" if given else "missing"
             raise AuthenticationFailed(

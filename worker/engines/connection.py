@@ -44,9 +44,11 @@ class _Refused(Exception):
 
 
 class EngineConnection(asyncio.Protocol):
-    """A connection that carries one exchange at a time. Made by :class:`ConnectionPool`."""
+    """A connection that carries one exchange at a time. Made by :class:`ConnectionPool`; ``peer`` is who is at its
+    other end, for sentences."""
 
-    def __init__(self) -> None:
+    def __init__(self, peer: str) -> None:
+        self._peer = peer
         self.status = 0
         self.content_type = ""
         self.headers: dict[str, str] = {}
@@ -107,7 +109,7 @@ class EngineConnection(asyncio.Protocol):
         self._no_body_bytes = 0
         self._sent_at = time.monotonic()
         if self._transport.is_closing():
-            self._fail("the engine broke the connection before it was asked")
+            self._fail(f"{self._peer} broke the connection before it was asked")
         else:
             self._transport.write(request)
 
@@ -241,14 +243,14 @@ class EngineConnection(asyncio.Protocol):
             if self._parts and self._take is not None:
                 self._hand_over(self._take)  # what came before
             refused = error.__context__  # by a callback of ours
-            self._fail(str(refused) if isinstance(refused, _Refused) else f"the engine does not speak HTTP: {error}")
+            self._fail(str(refused) if isinstance(refused, _Refused) else f"{self._peer} does not speak HTTP: {error}")
             self.close()
             return
         if self._size == size and not self.complete:
             self._no_body_bytes += len(data)
             if self._no_body_bytes > MAX_HEAD_BYTES:
                 where = "what frames its body" if self._has_head else "its head"
-                self._fail(f"the engine's answer has no end in {where}")
+                self._fail(f"{self._peer}'s answer has no end in {where}")
                 self.close()
         elif self._take is not None:
             if self._parts:
@@ -272,14 +274,14 @@ class EngineConnection(asyncio.Protocol):
         else:
             self._lost = not self._error
             where = "before its answer was complete" if self._has_head else "before it answered"
-            self._fail(f"the engine broke the connection {where}{f' ({exc})' if exc else ''}")
+            self._fail(f"{self._peer} broke the connection {where}{f' ({exc})' if exc else ''}")
         self._parser = None  # it holds us, and we it
 
     # httptools
 
     def on_message_begin(self) -> None:
         if self.complete:
-            raise _Refused("the engine sent a second answer behind the first")
+            raise _Refused(f"{self._peer} sent a second answer behind the first")
         # Nothing that an interim answer (1xx) said holds for the one that follows.
         self.content_type = "application/octet-stream"
         self.headers = {}
@@ -300,8 +302,8 @@ class EngineConnection(asyncio.Protocol):
                 self._ends_with_connection = False
             elif coding not in ("", "identity"):
                 raise _Refused(
-                    f"the engine answers in the coding {coding[:60]!r}, which the worker did not ask for: switch "
-                    "compression off in the engine, or in the proxy before it"
+                    f"{self._peer} answers in the coding {coding[:60]!r}, which the worker did not ask for: switch "
+                    "compression off there, or in the proxy before it"
                 )
         elif (known := name.decode("latin-1")) in CLIENT_HEADERS:
             text = value.decode("latin-1")
@@ -310,9 +312,9 @@ class EngineConnection(asyncio.Protocol):
     def on_headers_complete(self) -> None:
         self.status = self._parser.get_status_code()
         if self.status > 599:
-            raise _Refused(f"the engine does not speak HTTP: there is no status {self.status}")
+            raise _Refused(f"{self._peer} does not speak HTTP: there is no status {self.status}")
         if self.status == 101:
-            raise _Refused("the engine switches to another protocol, which the worker did not ask for")
+            raise _Refused(f"{self._peer} switches to another protocol, which the worker did not ask for")
         # 1xx: the answer proper follows.
         self._has_head = self.status >= 200
 
@@ -334,12 +336,14 @@ class EngineConnection(asyncio.Protocol):
 
 
 class ConnectionPool:
-    """Connections to the server at ``base_url`` (http or https). They are kept while they are fresh, without timers."""
+    """Connections to the server at ``base_url`` (http or https), called ``peer`` in sentences. They are kept while they
+    are fresh, without timers. ``tls``: None for the system's certificates."""
 
-    def __init__(self, base_url: str) -> None:
+    def __init__(self, base_url: str, peer: str = "the engine", tls: ssl.SSLContext | None = None) -> None:
         url = urlsplit(base_url)
+        self._peer = peer
         self._host = url.hostname or ""
-        self._tls = ssl.create_default_context() if url.scheme == "https" else None
+        self._tls = (tls or ssl.create_default_context()) if url.scheme == "https" else None
         self._port = url.port or (443 if self._tls else 80)
         self._idle: list[EngineConnection] = []
         self._closed = False
@@ -360,13 +364,14 @@ class ConnectionPool:
         options: dict[str, Any] = {"ssl": self._tls, "server_hostname": self._host} if self._tls else {}
         try:
             async with asyncio.timeout(CONNECT_LIMIT_S):
-                _, connection = await loop.create_connection(EngineConnection, self._host, self._port, **options)
+                _, connection = await loop.create_connection(
+                    lambda: EngineConnection(self._peer), self._host, self._port, **options
+                )
         except TimeoutError as error:
-            raise EngineFailed(f"the engine does not accept connections within {CONNECT_LIMIT_S:.0f} s") from error
+            raise EngineFailed(f"{self._peer} does not accept connections within {CONNECT_LIMIT_S:.0f} s") from error
         except OSError as error:
-            raise EngineFailed(
-                f"the engine cannot be reached: {error}", public="the engine cannot be reached"
-            ) from error
+            sentence = f"{self._peer} cannot be reached"
+            raise EngineFailed(f"{sentence}: {error}", public=sentence) from error
         return connection
 
     def give_back(self, connection: EngineConnection) -> None:
