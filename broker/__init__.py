@@ -8,10 +8,11 @@ from .operations.jobs import JobStatus
 from .operations.known_pools import RememberedPools
 from .operations.maintenance import Expired, Reclaimed
 from .operations.persisted_jobs import MAX_PAGE_JOBS
-from .operations.renewal import Renewer
+from .operations.signed_leases import SignedLeases
 from .operations.stats import JobCounts
 from .operations.workers import Workers
 from .redis.server_checks import ServerFacts
+from .renewal import Renewer
 from .settings import BrokerSettings, Budgets, Durability
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Renewer",
     "ReplyMessage",
     "ServerFacts",
+    "SignedLeases",
     "Undelivered",
     "Workers",
 ]

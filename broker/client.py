@@ -26,6 +26,7 @@ from .operations.maintenance import Maintenance
 from .operations.output import PersistedOutput
 from .operations.persisted_jobs import PersistedJobs
 from .operations.replies import Replies
+from .operations.signed_leases import SignedLeases
 from .operations.stats import QueueStats
 from .operations.workers import Workers
 from .redis.calls import Caller
@@ -42,9 +43,10 @@ DURABLE_BATCHES = 8
 class Broker:
     """The queue. Make one with :meth:`connect`, or :meth:`over` for a client at hand (fakeredis in tests).
 
-    ``jobs``, ``replies``, ``output`` and ``persisted_jobs`` are for Routers, ``workers`` and ``attempts`` for workers,
-    ``durable_replies`` for batches, ``fleet``, ``maintenance`` and ``stats`` for Managers, ``known_pools`` for Managers
-    and Routers, ``dead_letters`` for operators.
+    ``jobs``, ``replies``, ``output`` and ``persisted_jobs`` are for Routers, ``workers`` and ``attempts`` for workers
+    and, with ``signed_leases``, for Routers that serve workers over HTTP, ``durable_replies`` for batches, ``fleet``,
+    ``maintenance`` and ``stats`` for Managers, ``known_pools`` for Managers and Routers, ``dead_letters`` for
+    operators.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Broker:
         self.attempts = Attempts(caller, keys, self._batches, max_reply_bytes)
         self.maintenance = Maintenance(caller, keys, control_read)
         self.workers = Workers(caller, keys, self.maintenance, control_read, lambda: open_caller(0))
+        self.signed_leases = SignedLeases(caller, keys)
         self.fleet = Fleet(caller, keys)
         self.known_pools = KnownPools(caller)
         self.stats = QueueStats(caller, keys)

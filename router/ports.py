@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
 from typing import NoReturn, Protocol
 
-from broker import Attempts, DeadLetters, JobStatus, RememberedPools, Workers
+from broker import Attempts, DeadLetters, JobStatus, RememberedPools, SignedLeases, Workers
 from queue_schemas import (
     BrokerAddress,
     Enqueued,
@@ -100,8 +100,6 @@ class FleetPort(Protocol):
 
     async def acting_manager(self) -> ActingManager: ...
 
-    async def lease_secret(self, proposed: bytes) -> bytes: ...
-
 
 class KnownPoolsPort(Protocol):
     """:class:`broker.operations.known_pools.KnownPools`."""
@@ -149,6 +147,9 @@ class QueuePort(Protocol):
 
     @property
     def attempts(self) -> Attempts: ...
+
+    @property
+    def signed_leases(self) -> SignedLeases: ...
 
     @property
     def shards(self) -> int: ...

@@ -11,9 +11,9 @@ from queue_schemas import RegistrationAnswer
 from .engines import Engine
 from .engines.adapter_folder import AdapterFolder
 from .engines.process import ProcessEngine
-from .manager_client import ManagerClient
 from .metrics import WorkerMetrics
 from .queue import Queue
+from .registration.manager_client import ManagerClient
 from .settings import WorkerSettings
 
 

@@ -39,17 +39,17 @@ from telemetry.http.server import bind_socket, refuse_unguarded, run_process, ru
 from telemetry.redaction import redact_url
 from telemetry.reporting import reporting
 
-from .addresses import Addresses
 from .context import WorkerContext
 from .engines import Engine
 from .engines.adapter_folder import AdapterFolder
 from .engines.choice import make_engine
 from .engines.process import ProcessEngine
-from .manager_client import ManagerClient
 from .metrics import WorkerMetrics
 from .over_http.manager_client import HttpManagerClient
 from .over_http.queue import HttpQueue
 from .queue import Queue
+from .registration.addresses import Addresses
+from .registration.manager_client import ManagerClient
 from .routes import Status, make_app
 from .session import WorkerSession
 from .settings import WorkerSettings

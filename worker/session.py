@@ -24,11 +24,11 @@ from .fallback_sweeper import FallbackSweeper
 from .frame_batcher import FrameBatcher
 from .lease_renewals import RENEWALS_PER_LEASE, LeaseRenewals
 from .load_monitor import LoadMonitor
-from .membership import Membership
 from .over_http.queue import HttpQueue
 from .peers import Peers
 from .preemption import Preemption
 from .queue import Queue
+from .registration.membership import Membership
 from .shard_consumer import ShardConsumer
 
 SWEEP_S = 0.25

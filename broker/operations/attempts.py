@@ -115,12 +115,6 @@ class Attempts:
         job as its next attempt is to run it, behind what it said; None: unchanged."""
         return await self._batches[shard_of_job(lease.job.id)].release_yielded(lease, reason, following)
 
-    async def job_of(self, lease: Lease) -> Job | None:
-        """The job that ``lease`` is of, as it stands on the queue; None if it is not there."""
-        key = keys_of_job(self._keys, lease.job.id).job(lease.job.id)
-        envelope = await self._caller.once(key, "HGET", key, "env")
-        return None if envelope is None else Job.unpack(envelope)
-
     async def decline_to_yield(self, lease: Lease, *, for_now: bool, region: str = "") -> None:
         """Say that an attempt at a worker of ``region`` ('' for none) that was asked to yield runs on, so that another
         one is asked for what waits next. It is asked again after all others (``for_now``), or not at all."""

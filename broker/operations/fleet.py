@@ -11,7 +11,7 @@ from queue_schemas import BadMessage, Control, SessionId, ShardKeys, WorkerInfo
 from queue_schemas.fleet.acting_manager import ActingManager
 from queue_schemas.fleet.adapters import adapter_set_of
 from queue_schemas.ids import check_worker_id
-from queue_schemas.keys import ADAPTERS, LEASE_SECRET, MANAGER, SWEEPER, WORKERS
+from queue_schemas.keys import ADAPTERS, MANAGER, SWEEPER, WORKERS
 from telemetry import get_logger
 
 from ..redis.calls import Caller, pairs
@@ -37,12 +37,6 @@ class Fleet:
     async def release_leader_lease(self, manager_id: str) -> None:
         """Release the acting Manager's lease, if held."""
         await self._caller.script("act_as_manager", MANAGER, manager_id, 0)
-
-    async def lease_secret(self, proposed: bytes) -> bytes:
-        """What Routers sign with: ``proposed``, unless there is one already."""
-        await self._caller.command(LEASE_SECRET, "SET", LEASE_SECRET, proposed, "NX")
-        found: bytes | None = await self._caller.command(LEASE_SECRET, "GET", LEASE_SECRET)
-        return found or proposed
 
     async def acquire_sweeper_lease(self, worker: str, ttl_ms: int) -> bool:
         """Take or keep, for ``ttl_ms``, the lease of the one worker that sweeps while no Manager acts; 0 releases it.

@@ -26,8 +26,8 @@ from queue_schemas.ids import encode_name, random_hex
 from queue_schemas.job import MAX_COST, MAX_WEIGHT, MIN_WEIGHT
 from queue_schemas.persisted_output import key_digest, request_digest
 from queue_schemas.records import record
-from telemetry.batching import Batcher
 
+from ..batching import Batcher
 from ..redis.calls import Caller
 from ..settings import Budgets
 

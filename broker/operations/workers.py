@@ -24,9 +24,9 @@ from telemetry import get_logger
 from ..redis.calls import Caller
 from ..redis.shards import answers_of, on_each
 from ..redis.streams import Entries, read_stream
+from ..renewal import Renewer
 from .job_batches import attempt_of
 from .maintenance import Maintenance, Reclaimed
-from .renewal import Renewer
 
 _CONTROL_COUNT = 64
 MAX_CONTROL_BYTES = 1 << 20
@@ -178,11 +178,6 @@ class Workers:
         if reply[0] == b"fenced":
             raise Fenced(f"{session_id} was declared dead: join again as a new session_id")
         return {attempt_id.decode() for attempt_id in reply[1:]}
-
-    async def held(self, shard: int, session_id: SessionId) -> int:
-        """How many jobs of ``shard`` are leased to ``session_id``."""
-        key = self._keys[shard].leases(session_id)
-        return int(await self._caller.once(key, "HLEN", key))
 
     async def forget(self, session_id: SessionId) -> None:
         """Drop what is remembered here of a session whose control messages are read elsewhere, or by nobody."""

@@ -17,8 +17,8 @@ from typing import Any
 from redis.exceptions import NoScriptError
 
 from queue_schemas import BrokerUnsuitable, NotOnDisk, ShardKeys
-from telemetry.batching import Batcher
 
+from ..batching import Batcher
 from .calls import Caller
 from .failures import FAILURES, UNREACHABLE, as_inferq_error
 from .link import Link

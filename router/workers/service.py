@@ -274,7 +274,7 @@ class WorkerService:
         scope.check_region(claim.region)
         n, offer = claim.n, claim.offer
         if scope.name and (n or offer):
-            room = max(scope.slots - await queue.workers.held(shard, session_id), 0)
+            room = max(scope.slots - await queue.signed_leases.held(shard, session_id), 0)
             n, offer = min(n, room), min(offer, room)
         claimed = await queue.workers.claim(
             shard,
@@ -328,7 +328,7 @@ class WorkerService:
         if self._signs_for is queue:
             return
         proposed = self._tokens.secrets[0] if self._tokens.secrets else secrets.token_bytes(SECRET_BYTES)
-        self._tokens.use(await queue.fleet.lease_secret(proposed))
+        self._tokens.use(await queue.signed_leases.secret(proposed))
         self._signs_for = queue
 
     def _ensure_staying(self) -> None:
@@ -357,7 +357,7 @@ async def _release(queue: QueuePort, lease: Lease, end: Release) -> Settled:
     if end.said is not None:
         if len(end.said.encode("utf-8", "surrogatepass")) > MAX_PREFIX_BYTES:
             raise BadRequest(f"what a job said when it yields has at most {MAX_PREFIX_BYTES} bytes", param="said")
-        job = await queue.attempts.job_of(lease)
+        job = await queue.signed_leases.job_of(lease)
         if job is not None and not job.stream and job.yields:
             following = replace(job, prefix=end.said, yields=job.yields - 1)
     return await queue.attempts.release_yielded(lease, end.reason, following)

@@ -8,10 +8,10 @@ from itertools import groupby
 from typing import Any
 
 from broker import Undelivered
+from broker.batching import MAX_BATCH_BYTES, MAX_BATCH_ITEMS, Batcher
 from queue_schemas import CONTINUED, HEAD, Frame, Job, Lease, Outcome, Settled, unpack_frames
 from queue_schemas.worker_protocol.fields import MAX_BATCH
 from queue_schemas.worker_protocol.output import MAX_PIECES, MAX_REASON_LENGTH, Answers
-from telemetry.batching import MAX_BATCH_BYTES, MAX_BATCH_ITEMS, Batcher
 
 from .calls import RouterCalls
 from .held_leases import HeldLeases

@@ -30,8 +30,8 @@ from queue_schemas.worker_protocol.encoding import MSGPACK, decode, encode
 from queue_schemas.worker_protocol.fields import WORKER_PREFIX
 from telemetry.redaction import redact_url
 
-from ..addresses import Addresses
 from ..engines.connection import ConnectionPool
+from ..registration.addresses import Addresses
 
 ANSWER_LIMIT_S = 10.0
 """How long an answer may take beyond the time for which the call may be held."""

@@ -6,8 +6,8 @@ from queue_schemas import Heartbeat, HeartbeatAnswer, Registration, Registration
 from queue_schemas.worker_protocol.fields import WORKER_PREFIX
 from queue_schemas.worker_protocol.messages import Join, Joined
 
-from ..addresses import Addresses
-from ..manager_client import HEARTBEAT_TIMEOUT_S, ManagerClient, parse_answer
+from ..registration.addresses import Addresses
+from ..registration.manager_client import HEARTBEAT_TIMEOUT_S, ManagerClient, parse_answer
 
 
 class HttpManagerClient(ManagerClient):

@@ -13,7 +13,7 @@ from queue_schemas import Frame, JobId, Pool
 from queue_schemas.worker_protocol.encoding import MSGPACK, decode
 from queue_schemas.worker_protocol.messages import ServedElsewhere
 
-from ..addresses import Addresses
+from ..registration.addresses import Addresses
 from .attempts import HttpAttempts
 from .calls import RouterCalls
 from .held_leases import HeldLeases

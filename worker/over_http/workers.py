@@ -8,7 +8,7 @@ from typing import Any
 from queue_schemas import Claimed, Control, ControlKind, JobId, Lane, Lease, Pool, SessionId
 from queue_schemas.worker_protocol.messages import ClaimAnswer, ControlMessage, Reconciled
 
-from ..addresses import Addresses
+from ..registration.addresses import Addresses
 from .calls import RouterCalls
 from .held_leases import HeldLeases, tokens_of
 

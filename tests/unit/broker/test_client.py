@@ -18,6 +18,7 @@ PARTS = {
     "output",
     "persisted_jobs",
     "replies",
+    "signed_leases",
     "stats",
     "workers",
 }

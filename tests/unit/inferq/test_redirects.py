@@ -22,13 +22,14 @@ from inferq.autoscale.settings import AutoscaleSettings
 from inferq.chat.client import Answer
 from inferq.client import RequestFailed
 from manager.probe import HttpWorkerProbe
-from queue_schemas import Heartbeat, InferqError, Registration, SessionId, WorkerId
+from queue_schemas import JOIN_TOKEN_HEADER, Heartbeat, InferqError, Registration, SessionId, WorkerId
 from router.composition import open_manager
 from telemetry.http.fabric_calls import FabricCall
 from tests.support.clients import RouterUser
 from worker.engines import EngineCall
 from worker.engines.http import HttpEngine
-from worker.manager_client import ManagerClient
+from worker.registration.addresses import Addresses
+from worker.registration.manager_client import ManagerClient
 
 RUN = SessionId("w.0000000000000001")
 HELLO = [{"role": "user", "content": "hello"}]
@@ -44,7 +45,7 @@ async def command(url: str) -> None:
 
 
 async def worker(url: str) -> None:
-    client = ManagerClient([url], "s3cret")
+    client = ManagerClient(Addresses([url], {JOIN_TOKEN_HEADER: "s3cret"}))
     calls: list[Awaitable[object]] = [
         client.register(Registration(worker_id="w", session_id=RUN, slots=1)),
         client.heartbeat("w", Heartbeat(session_id=RUN, slots=1)),

@@ -40,8 +40,8 @@ from worker import session as session_module
 from worker.context import WorkerContext
 from worker.core import slots as slots_module
 from worker.engines import Engine
-from worker.manager_client import ManagerClient
 from worker.metrics import WorkerMetrics
+from worker.registration.manager_client import ManagerClient
 from worker.session import WorkerSession
 
 ASSIGNMENT = Assignment(term=1, version=1, pools=[PoolAssignment(pool="m", shard=0, lanes=list(Lane))])

@@ -9,7 +9,7 @@ from typing import Self
 
 from queue_schemas import JOIN_TOKEN_HEADER, CannotStart
 
-from .settings import WorkerSettings
+from ..settings import WorkerSettings
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,10 +26,10 @@ from queue_schemas import (
 from telemetry import MetricsRegistry
 from telemetry.backoff import Backoff
 from tests.support.waiting import eventually
-from worker import membership as module
-from worker.manager_client import ManagerClient
-from worker.membership import Membership
 from worker.metrics import WorkerMetrics
+from worker.registration import membership as module
+from worker.registration.manager_client import ManagerClient
+from worker.registration.membership import Membership
 
 SESSION_ID = "w1.0123456789abcdef"
 

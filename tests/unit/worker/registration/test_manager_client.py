@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from queue_schemas import (
+    JOIN_TOKEN_HEADER,
     Assignment,
     AuthenticationFailed,
     Heartbeat,
@@ -20,8 +21,9 @@ from queue_schemas import (
     SessionId,
     UnknownWorker,
 )
-from worker import manager_client as fabric
-from worker.manager_client import ManagerClient
+from worker.registration import manager_client as fabric
+from worker.registration.addresses import Addresses
+from worker.registration.manager_client import ManagerClient
 
 SESSION_ID = SessionId("w1.0123456789abcdef")
 REGISTRATION = Registration(worker_id="w1", session_id=SESSION_ID, slots=1)
@@ -56,7 +58,7 @@ def beat() -> Heartbeat:
 async def test_a_heartbeat_that_nobody_knows_means_register_again(status: int, body: bytes) -> None:
     """404 or 410, with our error object or with none: for a heartbeat it is all the same."""
     async with answering(status, body) as url:
-        client = ManagerClient([url])
+        client = ManagerClient(Addresses([url]))
         with pytest.raises(UnknownWorker):
             await client.heartbeat("w1", beat())
         await client.close()
@@ -66,7 +68,7 @@ async def test_a_heartbeat_that_nobody_knows_means_register_again(status: int, b
 async def test_a_registration_that_finds_nothing_is_no_manager(body: bytes) -> None:
     """[H48] 404 to a registration is a wrong URL, said as such, whatever nested page comes with it."""
     async with answering(404, body) as url:
-        client = ManagerClient([url])
+        client = ManagerClient(Addresses([url]))
         with pytest.raises(ManagerUnavailable, match="is it the right URL"):
             await client.register(REGISTRATION)
         await client.close()
@@ -75,7 +77,7 @@ async def test_a_registration_that_finds_nothing_is_no_manager(body: bytes) -> N
 async def test_a_wrong_token_error_names_the_setting() -> None:
     """401: which URL refused, and which setting to correct."""
     async with answering(401, AuthenticationFailed("wrong").body()) as url:
-        client = ManagerClient([url], "not the one")
+        client = ManagerClient(Addresses([url], {JOIN_TOKEN_HEADER: "not the one"}))
         with pytest.raises(AuthenticationFailed, match=f"{url}.*INFERQ_JOIN_TOKEN"):
             await client.register(REGISTRATION)
         await client.close()
@@ -84,11 +86,11 @@ async def test_a_wrong_token_error_names_the_setting() -> None:
 async def test_a_goodbye_goes_only_to_a_manager_that_listens() -> None:
     """A worker that ends while Managers change tells the one that acts; with none, it says that it could not."""
     async with answering(503, b"{}") as standing_by, answering(204) as acting:
-        client = ManagerClient([standing_by, acting])
+        client = ManagerClient(Addresses([standing_by, acting]))
         await client.deregister("w1", SESSION_ID)
         assert client.url == acting
         await client.close()
-        nobody = ManagerClient([standing_by, standing_by])
+        nobody = ManagerClient(Addresses([standing_by, standing_by]))
         with pytest.raises(ManagerUnavailable):
             await nobody.deregister("w1", SESSION_ID)
         await nobody.close()
@@ -98,7 +100,7 @@ async def test_a_url_that_hangs_is_left_alone_for_a_while(monkeypatch: pytest.Mo
     """Whoever lets a call run out of time is not visited at each turn, unless there is nobody else."""
     monkeypatch.setattr(fabric, "HEARTBEAT_TIMEOUT_S", 0.05)
     async with answering(200, hang=True) as frozen, answering(503, b"{}") as standing_by:
-        client = ManagerClient([frozen, standing_by])
+        client = ManagerClient(Addresses([frozen, standing_by]))
         visited = []
         for _ in range(4):
             visited.append(client.url)
@@ -113,7 +115,7 @@ async def test_urls_that_all_hang_are_tried_in_turn(monkeypatch: pytest.MonkeyPa
     """With nobody better, the one that hung first is tried first."""
     monkeypatch.setattr(fabric, "HEARTBEAT_TIMEOUT_S", 0.05)
     async with answering(200, hang=True) as one, answering(200, hang=True) as two:
-        client = ManagerClient([one, two])
+        client = ManagerClient(Addresses([one, two]))
         visited = []
         for _ in range(4):
             visited.append(client.url)
@@ -147,7 +149,7 @@ async def test_an_answer_that_comes_in_pieces_is_read_whole() -> None:
         writer.close()
 
     server = await asyncio.start_server(respond, "127.0.0.1", 0)
-    client = ManagerClient([f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"])
+    client = ManagerClient(Addresses([f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"]))
     try:
         assert await client.register(REGISTRATION) == answer
     finally:

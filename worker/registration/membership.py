@@ -29,9 +29,9 @@ from queue_schemas import (
 from telemetry import get_logger
 from telemetry.backoff import Backoff
 
-from .engines.adapter_folder import AdapterFolder
+from ..engines.adapter_folder import AdapterFolder
+from ..metrics import WorkerMetrics
 from .manager_client import ManagerClient
-from .metrics import WorkerMetrics
 
 _BACKOFF = Backoff(0.2, 2.0)
 _TAKEN_TRIES = 6

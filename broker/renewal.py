@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from queue_schemas import BrokerUnavailable, Fenced, SessionId, ShardKeys
 
-from ..redis.calls import Caller
+from .redis.calls import Caller
 
 
 class Renewer:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from telemetry.batching import MAX_BATCH_BYTES, MAX_BATCH_ITEMS, Batcher
+from broker.batching import MAX_BATCH_BYTES, MAX_BATCH_ITEMS, Batcher
 
 
 class Recorder:
