@@ -14,6 +14,7 @@ from queue_schemas import BadRequest
 
 from .batch.cli import batch_app
 from .commands.simulate_options import EngineModelOptions, PolicyOptions, ReportOptions, TraceOptions
+from .conformance.cli import conformance_app
 from .fleet.cli import dead_app, fleet_app
 from .invocation import check_arguments, run_command
 from .jobs.cli import jobs_app
@@ -203,6 +204,7 @@ app.add_typer(jobs_app, name="jobs", no_args_is_help=True, rich_help_panel=_USE)
 app.add_typer(webhook_app, name="webhooks", no_args_is_help=True, rich_help_panel=_USE)
 app.add_typer(fleet_app)
 app.add_typer(dead_app, name="dead", no_args_is_help=True, rich_help_panel=_LOOK)
+app.add_typer(conformance_app, name="conformance", no_args_is_help=True, rich_help_panel=_LOOK)
 
 
 @app.command(rich_help_panel=_USE)

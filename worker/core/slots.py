@@ -239,8 +239,8 @@ class Slots:
             return True
         if self.free < 0:  # fewer slots than are offered
             return state.reserved > 0
-        # More slots than are offered have become free; or another shard needs them.
-        return state.reserved <= self.free if self._serves_one_shard else state.reserved > 0
+        # More slots than are offered have become free; or another shard needs them. A queue that takes no offer wakes us.
+        return 0 < state.reserved <= self.free if self._serves_one_shard else state.reserved > 0
 
     def _available(self, state: _Shard) -> int:
         """Slots that a claim of a shard may ask for: those that it offers already are offered anew. What an unparked

@@ -26,6 +26,8 @@ class HttpWorkers:
         self._addresses = addresses
         self._shards = shards
         self._held = held
+        self._failed: set[int] = set()
+        """Shards of which the last call for control messages failed."""
 
     async def join(self, session_id: SessionId) -> set[int]:
         """As :meth:`broker.Workers.join`, of a session that is registered."""
@@ -92,9 +94,12 @@ class HttpWorkers:
         self, shard: int, session_id: SessionId, after: str, block_ms: int
     ) -> list[tuple[str, Control | None]]:
         """As :meth:`broker.Workers.read_control`; it waits for longer than ``block_ms``."""
-        wait_ms = max(block_ms, POLL_MS)
+        # Whether a call that failed is answered again is to be known soon.
+        wait_ms = 1 if shard in self._failed else max(block_ms, POLL_MS)
         call = {"shard": shard, "after": after, "wait_ms": wait_ms}
+        self._failed.add(shard)
         answer = await self._claim(session_id, call, wait_s=wait_ms / 1000)
+        self._failed.discard(shard)
         return [(message.id, self._control(message)) for message in answer.messages]
 
     async def _claim(self, session_id: SessionId, call: dict[str, Any], *, wait_s: float = 0.0) -> ClaimAnswer:

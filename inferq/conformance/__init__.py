@@ -1,0 +1,1 @@
+"""``inferq conformance``: checks a worker against a scripted Router, and a Router with a scripted worker."""

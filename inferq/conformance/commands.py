@@ -1,0 +1,72 @@
+"""``inferq conformance worker`` and ``inferq conformance router``: check, and print a scorecard."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from queue_schemas import CannotStart
+
+from ..console import err, out, print_json
+from .scorecard import Broken, Result, Rule, check_rule, selected, show, summary
+from .worker_kit import START_LIMIT_S, WorkerKit, worker_kit
+from .worker_rules import WORKER_RULES
+
+
+def check_worker(command: Sequence[str], *, listen: str, only: Sequence[str], log: Path | None, as_json: bool) -> int:
+    """Check the worker that ``command`` starts, or that somebody starts for the Router at ``listen``. The exit code: 1
+    if a rule is broken."""
+    try:
+        rules = selected(WORKER_RULES, only)
+    except ValueError as error:
+        raise CannotStart(str(error)) from error
+    host, _, port = listen.rpartition(":")
+    if not command and not listen:
+        raise CannotStart("say how the worker is started (behind --), or where it finds the Router: --listen HOST:PORT")
+    if listen and not port.isdecimal():
+        raise CannotStart(f"--listen {listen}: write it like 127.0.0.1:18000")
+    results = asyncio.run(_check_worker(rules, command, host or "127.0.0.1", int(port or 0), log, as_json=as_json))
+    return _report(results, as_json=as_json)
+
+
+async def _check_worker(
+    rules: Sequence[Rule[WorkerKit]], command: Sequence[str], host: str, port: int, log: Path | None, *, as_json: bool
+) -> list[Result]:
+    results = []
+    async with worker_kit(command, host, port, log) as kit:
+        if not command:
+            err.print(f"start the worker, within {START_LIMIT_S:.0f} s, with")
+            for name, value in kit.environment.items():
+                err.print(f"  {name}={value}", soft_wrap=True)
+        for rule in rules:
+            try:
+                await kit.ready()
+            except Broken as error:
+                results.append(Result(rule.name, rule.sentence, str(error), START_LIMIT_S))
+            else:
+                results.append(await _check_one(rule, kit))
+            if not as_json:
+                show(results[-1], out)
+            if not kit.queue.claims:
+                break  # it has never come
+    return results
+
+
+async def _check_one(rule: Rule[WorkerKit], kit: WorkerKit) -> Result:
+    result = await check_rule(rule, kit)
+    if not result.problem and kit.router.seen.faults:
+        result = Result(rule.name, rule.sentence, kit.router.seen.faults[0], result.seconds)
+    await kit.calm_down()
+    if result.problem and kit.command:
+        await kit.kill()  # the next rule has a worker that nothing has disturbed
+    return result
+
+
+def _report(results: Sequence[Result], *, as_json: bool) -> int:
+    if as_json:
+        print_json({"rules": [asdict(one) for one in results], "summary": summary(results)}, line=True)
+    else:
+        out.print(summary(results))
+    return 1 if any(one.problem and one.checked for one in results) else 0
