@@ -28,3 +28,29 @@ def worker(
     from .commands import check_worker  # noqa: PLC0415
 
     raise typer.Exit(check_worker(command or [], listen=listen, only=rule or [], log=log, as_json=as_json))
+
+
+@conformance_app.command("router")
+def router(
+    url: Annotated[str, typer.Argument(help="Base URL of the Router.")],
+    key: Annotated[str, typer.Option(envvar="INFERQ_WORKER_KEY", help="A worker's credential there.")] = "",
+    join_token: Annotated[str, typer.Option(envvar="INFERQ_JOIN_TOKEN", help="The join token, without a key.")] = "",
+    api_key: Annotated[str, typer.Option(envvar="INFERQ_API_KEY", help="An API key, for requests.")] = "",
+    name: Annotated[str, typer.Option(help="The name that the key is for.")] = "",
+    model: Annotated[str, typer.Option(help="A model that the key allows and nobody else serves.")] = "",
+    rule: Only = None,
+    as_json: AsJson = False,
+) -> None:
+    """Play workers for a Router, honest ones and liars, and check it by the same page."""
+    from .commands import check_router  # noqa: PLC0415
+
+    code = check_router(
+        url,
+        key=key,
+        join_token="" if key else join_token,
+        api_key=api_key,
+        names=(name, model),
+        only=rule or [],
+        as_json=as_json,
+    )
+    raise typer.Exit(code)

@@ -10,7 +10,9 @@ from pathlib import Path
 from queue_schemas import CannotStart
 
 from ..console import err, out, print_json
-from .scorecard import Broken, Result, Rule, check_rule, selected, show, summary
+from .router_kit import router_kit
+from .router_rules import ROUTER_RULES
+from .scorecard import Broken, Kit, Result, Rule, check_rule, selected, show, summary
 from .worker_kit import START_LIMIT_S, WorkerKit, worker_kit
 from .worker_rules import WORKER_RULES
 
@@ -18,10 +20,7 @@ from .worker_rules import WORKER_RULES
 def check_worker(command: Sequence[str], *, listen: str, only: Sequence[str], log: Path | None, as_json: bool) -> int:
     """Check the worker that ``command`` starts, or that somebody starts for the Router at ``listen``. The exit code: 1
     if a rule is broken."""
-    try:
-        rules = selected(WORKER_RULES, only)
-    except ValueError as error:
-        raise CannotStart(str(error)) from error
+    rules = _selected(WORKER_RULES, only)
     host, _, port = listen.rpartition(":")
     if not command and not listen:
         raise CannotStart("say how the worker is started (behind --), or where it finds the Router: --listen HOST:PORT")
@@ -62,6 +61,41 @@ async def _check_one(rule: Rule[WorkerKit], kit: WorkerKit) -> Result:
     if result.problem and kit.command:
         await kit.kill()  # the next rule has a worker that nothing has disturbed
     return result
+
+
+def check_router(
+    url: str,
+    *,
+    key: str,
+    join_token: str,
+    api_key: str,
+    names: tuple[str, str],
+    only: Sequence[str],
+    as_json: bool,
+) -> int:
+    """Check the Router at ``url`` with scripted workers; ``names``: how they and their model are called, empty for
+    names of the kit's own. The exit code: 1 if a rule is broken."""
+    rules = _selected(ROUTER_RULES, only)
+    name, model = names
+
+    async def check() -> list[Result]:
+        results = []
+        async with router_kit(url, key=key, join_token=join_token, api_key=api_key, name=name, model=model) as kit:
+            for rule in rules:
+                results.append(await check_rule(rule, kit))
+                await kit.calm_down()
+                if not as_json:
+                    show(results[-1], out)
+        return results
+
+    return _report(asyncio.run(check()), as_json=as_json)
+
+
+def _selected(rules: Sequence[Rule[Kit]], only: Sequence[str]) -> list[Rule[Kit]]:
+    try:
+        return selected(rules, only)
+    except ValueError as error:
+        raise CannotStart(str(error)) from error
 
 
 def _report(results: Sequence[Result], *, as_json: bool) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from aiohttp import web
@@ -34,16 +35,16 @@ class EngineCall:
 
 def event(n: int) -> bytes:
     """The event with number ``n`` of each stream."""
-    choice = {"index": 0, "delta": {"content": f"word{n} "}, "finish_reason": None}
-    chunk = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "model": MODEL, "choices": [choice]}
+    return _chunk({"content": f"word{n} "}, None)
+
+
+def _chunk(delta: Mapping[str, str], finish_reason: str | None) -> bytes:
+    choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
+    chunk = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": MODEL, "choices": [choice]}
     return b"data: " + json.dumps(chunk).encode() + b"\n\n"
 
 
-FINISH = (
-    b"data: "
-    + json.dumps({"id": "chatcmpl-1", "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}).encode()
-    + b"\n\n"
-)
+FINISH = _chunk({}, "stop")
 DONE = b"data: [DONE]\n\n"
 
 

@@ -239,7 +239,7 @@ class Slots:
             return True
         if self.free < 0:  # fewer slots than are offered
             return state.reserved > 0
-        # More slots than are offered have become free; or another shard needs them. A queue that takes no offer wakes us.
+        # More slots than are offered have become free; or another shard needs them. Who takes no offer sends a wake.
         return 0 < state.reserved <= self.free if self._serves_one_shard else state.reserved > 0
 
     def _available(self, state: _Shard) -> int:
