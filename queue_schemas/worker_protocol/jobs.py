@@ -77,6 +77,8 @@ def leased_job(lease: Lease, token: str) -> dict[str, Any]:
         "request_id": job.request_id,
         "cost_estimate": max(job.cost_estimate, 0),
     }
+    if lease.predicted_ms is not None:
+        fields["predicted_ms"] = lease.predicted_ms
     optional = {
         "persisted": job.persisted,
         "prefix": job.prefix,
@@ -85,9 +87,8 @@ def leased_job(lease: Lease, token: str) -> dict[str, Any]:
         "traceparent": job.traceparent,
         "region": job.region,
         "deadline_from": job.deadline_from,
-        "predicted_ms": lease.predicted_ms,
     }
-    return fields | {name: value for name, value in optional.items() if value or (value == 0 and value is not False)}
+    return fields | {name: value for name, value in optional.items() if value}
 
 
 def lease_of(given: LeasedJob) -> Lease:

@@ -10,6 +10,7 @@ Times are short, so that what takes seconds in production takes a fraction of on
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -176,6 +177,8 @@ class Fleet:
         """A worker, not started yet; it registers through the Router, as users do, or with the Manager."""
         urls = f"{self.router.url},{self.manager.url}"
         settings = _WORKER | {"worker_id": name, "manager_url": urls, "model": MODEL, "sim_name": name} | flags
+        if os.environ.get("INFERQ_TESTS_TRANSPORT") == "http" and "redis_url" not in flags:
+            settings |= {"transport": "http", "manager_url": flags.get("manager_url", self.router.url)}
         self.workers.append(self.add(name, "worker.service", settings))
         return self.workers[-1]
 
