@@ -42,10 +42,10 @@ ARGS ?=
 SECONDS ?=
 SEED ?=
 
-.PHONY: help up demo ray-up ray-down test schemathesis chaos chaos-long fuzz model test-vllm test-node check format bench bench-growth lock wheel-check install clean
+.PHONY: help up demo ray-up ray-down test schemathesis chaos chaos-long fuzz model test-vllm test-llamacpp test-node check format bench bench-growth lock wheel-check install clean
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do \
-		printf '  make %-12s %s\n' "$$name" "$$text"; done
+		printf '  make %-13s %s\n' "$$name" "$$text"; done
 
 up: $(RUNTIME) ## Start every role on this machine (ENGINE=sim for the simulated engine)
 	@exec $(PY) -m inferq up $(UP_OPTIONS)
@@ -101,6 +101,9 @@ model: $(DEV) ## Compare the queue with its reference model, longer than the tes
 
 test-vllm: $(DEV) ## Run the tests against real vLLM (installs it the first time)
 	$(PY) -m pytest -m vllm tests/vllm $(ARGS)
+
+test-llamacpp: $(DEV) ## Run the tests against real llama.cpp (builds it the first time; needs a C++ compiler)
+	$(PY) -m pytest -m llamacpp tests/llamacpp $(ARGS)
 
 test-node: $(DEV) ## Run the tests with the openai package for Node (needs node, npm and its registry)
 	$(PY) -m pytest -m node tests/node $(ARGS)

@@ -19,6 +19,7 @@ from queue_schemas.ids import check_name
 from telemetry import CommaList, HeaderSecret, ManagerUrls, RoleSettings
 
 EngineKind = Literal["vllm", "url", "sim", "sim-process"]
+EngineDialect = Literal["auto", "vllm", "sglang", "llamacpp", "tgi", "ollama", "openai"]
 
 _MAX_BYTES = 96 << 20
 """What one message may carry, with room for its envelope below the wire format's 128 MiB."""
@@ -74,6 +75,11 @@ class WorkerSettings(RoleSettings):
         description="vllm, url, sim (in this process), sim-process (in its own), or auto: url if given, else vllm",
     )
     engine_url: str = Field("", description="base URL of an OpenAI-compatible server that runs already")
+    engine_dialect: EngineDialect = Field(
+        "auto",
+        description="what that server is, where it differs from others: openai is any server, of which vLLM's pages "
+        "are tried; auto: what its own pages say for certain, else openai",
+    )
     engine_api_key: HeaderSecret = Field(SecretStr(""), description="bearer token for that server")
     model: str = Field("", description="model id or folder that vLLM serves; with sim, the simulated models' names")
     installed_models: CommaList = Field(

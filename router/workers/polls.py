@@ -68,6 +68,8 @@ class Polls:
                 if not task.done():
                     return ()
                 self._reads.pop(key, None)
+                if task.cancelled():  # the session has left
+                    return ()
                 messages = task.result()
                 if messages or ended.done() or loop.time() >= until:
                     return messages

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import orjson
 
@@ -15,8 +15,9 @@ from openai_api.transcript import Transcript
 from queue_schemas import EngineFailed, Job, StreamBroken
 from telemetry import get_logger
 
-from ..core.continuation import Continuation, continue_request, detokenized, tokenized
-from ..engines import Engine, EngineCall, new_call_id
+from ..core import Continuation
+from ..engines import Engine, EngineCall, NotContinuable, new_call_id
+from ..engines.dialects import Reply
 from ..queue import Queue
 
 TOKENIZE_LIMIT_S = 5.0
@@ -31,10 +32,6 @@ _MAX_SILENCES = 16
 _PROBE = "The"
 
 log = get_logger(__name__)
-
-
-class NotContinuable(Exception):
-    """The engine cannot safely continue: the message says why."""
 
 
 class EngineSilent(EngineFailed):
@@ -73,23 +70,19 @@ async def plan_continuation(engine: Engine, job: Job) -> Continuation:
     Raises ``NotContinuable`` if it would not read the prefix as it was delivered, or does not let us find out;
     ``EngineFailed`` if it cannot be reached, ``EngineSilent`` if it does not answer within ``TOKENIZE_LIMIT_S``.
     """
+
+    async def ask(path: str, fields: Mapping[str, object]) -> Reply:
+        call = EngineCall(path, orjson.dumps(fields), call_id=new_call_id(job.id))
+        async with engine.call(call) as answer:
+            return Reply(answer.status, await answer.read(_MAX_ANSWER_BYTES))
+
     try:
         async with asyncio.timeout(TOKENIZE_LIMIT_S):
-            requests = tokenized(job)
-            original = await _tokens(engine, job, requests.original)
-            continued = await _tokens(engine, job, requests.continued)
-            texts = detokenized(job, original, continued)
-            before, behind = await _text(engine, job, texts.original), await _text(engine, job, texts.continued)
+            return await engine.dialect.plan(job, ask)
     except TimeoutError as error:
         raise EngineSilent(
-            f"the engine's /tokenize and /detokenize did not answer within {TOKENIZE_LIMIT_S:.0f} s"
+            f"the engine did not answer within {TOKENIZE_LIMIT_S:.0f} s what it makes of a prompt"
         ) from error
-    if behind != before + job.prefix:
-        raise NotContinuable("its prompt would not be the original one and what was delivered")
-    said = len(continued) - len(original)
-    if said < 0:
-        raise NotContinuable("its prompt would get shorter by what was delivered")
-    return continue_request(job, len(original), said)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,31 +155,3 @@ class Continuations:
         silences = before.silences if before is not None else 0
         ttl_s = min(RETRY_PROBE_S * 2**silences, PROBE_TTL_S)
         self._found[key] = _Found(False, asyncio.get_running_loop().time() + ttl_s, min(silences + 1, _MAX_SILENCES))
-
-
-async def _tokens(engine: Engine, job: Job, request: bytes) -> list[int]:
-    tokens = (await _ask(engine, job, "/tokenize", request)).get("tokens")
-    if type(tokens) is not list or not all(type(token) is int for token in tokens):
-        raise NotContinuable("its /tokenize answers something else than tokens")
-    return tokens
-
-
-async def _text(engine: Engine, job: Job, request: bytes) -> str:
-    text = (await _ask(engine, job, "/detokenize", request)).get("prompt")
-    if type(text) is not str:
-        raise NotContinuable("its /detokenize answers something else than text")
-    return text
-
-
-async def _ask(engine: Engine, job: Job, path: str, request: bytes) -> dict[str, Any]:
-    async with engine.call(EngineCall(path, request, call_id=new_call_id(job.id))) as answer:
-        status, body = answer.status, await answer.read(_MAX_ANSWER_BYTES)
-    if status != 200:
-        raise NotContinuable(f"its {path} answers {status}")
-    try:
-        answered = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        raise NotContinuable(f"its {path} does not answer with JSON") from None
-    if type(answered) is not dict:
-        raise NotContinuable(f"its {path} does not answer with an object")
-    return answered

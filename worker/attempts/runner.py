@@ -15,12 +15,12 @@ from telemetry import get_logger, inject
 
 from ..core import Continuation, Retry, RetryLater, judge_answer, judge_failure, judge_server_error
 from ..core.slots import RETRY_APART_S
-from ..engines import Engine, EngineAnswer, EngineCall, EngineGone, new_call_id
+from ..engines import Engine, EngineAnswer, EngineCall, EngineGone, NotContinuable, new_call_id
 from ..metrics import WorkerMetrics
 from ..queue import Queue
 from .answer_relay import AnswerRelay
 from .attempt import Attempt, Ending, EngineDisconnected, Release, Settle, StopReason, Yield, log_fields
-from .continuation_planner import Continuations, NotContinuable, read_delivered
+from .continuation_planner import Continuations, read_delivered
 
 _STREAM_REFUSALS = frozenset({400, 404, 405, 415, 422, 501})
 """Answers of engines that do not stream, or not with these options; and to requests that are wrong by themselves."""

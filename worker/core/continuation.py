@@ -2,12 +2,12 @@
 
 Rules:
 
-* The engine is asked for what follows the prefix: behind the assistant's last message of a chat
-  (``continue_final_message``), or behind the prompt of a completion.
+* The engine is asked for what follows the prefix: behind the assistant's last message of a chat, in the engine's own
+  words (:class:`ContinuationRules`), or behind the prompt of a completion.
 * That is right only if the engine really reads the prefix there. Chat templates may strip it, put something behind it,
-  or something else in front of it than they put in front of an answer (a beginning of thoughts, say). So the engine's
-  own tokenizer is asked: the tokens of the longer prompt, turned back into text, must be the original prompt's text
-  and then the prefix, to the letter.
+  or something else in front of it than they put in front of an answer (a beginning of thoughts, say). So the engine is
+  asked for both prompts: the longer one's text must be the original prompt's and then the prefix, to the letter. How it
+  is asked is its dialect's matter (:mod:`worker.engines.dialects`).
 * The client gets the usage of one answer. The tokens said so far are those by which the longer prompt exceeds
   the original one; limits are lowered by them, and ``usage`` is put right.
 
@@ -16,6 +16,7 @@ Which requests may be continued at all is decided by the Router (:mod:`openai_ap
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,59 +26,55 @@ from openai_api.paths import CHAT_PATH, wants_usage
 from openai_api.sse import DONE_EVENT, encode_json, end_of_events
 from queue_schemas import Job
 
-COMPLETION_TOKENS = 16
-"""What a completion without ``max_tokens`` may say, by the OpenAI API; a chat may fill the context."""
 _MARGIN_TOKENS = 8
 """Tokens that both prompts have which are turned back into text with those that they have not: the cut may lie within a
 character."""
 
 
 @dataclass(frozen=True, slots=True)
-class PromptRequests:
-    """The requests that ask an engine about the original prompt and about the one with the prefix."""
+class ContinuationRules:
+    """How an engine is told to go on. ``chat_fields``: of a chat whose last message is the beginning of its answer.
+    ``completion_tokens``: what a completion without ``max_tokens`` may say; None: as much as the context holds."""
 
-    original: bytes
-    continued: bytes
+    chat_fields: Mapping[str, object]
+    completion_tokens: int | None = 16
+    """The default of the OpenAI API, which vLLM and SGLang keep; a chat may fill the context."""
 
 
-def tokenized(job: Job) -> PromptRequests:
-    """How the tokens of ``job`` are asked for, which has a prefix."""
+Request = dict[str, Any]
+
+
+def prompt_requests(job: Job, rules: ContinuationRules) -> tuple[Request, Request]:
+    """What says the original prompt of ``job`` to an engine, and what says the one with the prefix: the model, and
+    ``prompt`` or ``messages``."""
     request = orjson.loads(job.body)
     base = {"model": request["model"]}
     if job.path != CHAT_PATH:
         prompt = request["prompt"]
-        return PromptRequests(
-            orjson.dumps(base | {"prompt": prompt}), orjson.dumps(base | {"prompt": prompt + job.prefix})
-        )
-    return PromptRequests(
-        orjson.dumps(base | {"messages": request["messages"]}),
-        orjson.dumps(base | _continued_chat(request, job.prefix)),
-    )
+        return base | {"prompt": prompt}, base | {"prompt": prompt + job.prefix}
+    return base | {"messages": request["messages"]}, base | _continued_chat(request, job.prefix, rules)
 
 
-def detokenized(job: Job, original: list[int], continued: list[int]) -> PromptRequests:
-    """How an engine's ``/detokenize`` is asked for the texts from where the two prompts differ: they must be equal but
-    for the prefix."""
+def differing_tokens(original: list[int], continued: list[int]) -> tuple[list[int], list[int]]:
+    """The ends of two prompts from a little before where they differ: their texts must be equal but for the prefix."""
     same = next(
         (place for place, (one, other) in enumerate(zip(original, continued, strict=False)) if one != other),
         min(len(original), len(continued)),
     )
     start = max(same - _MARGIN_TOKENS, 0)
-    return PromptRequests(
-        *(orjson.dumps({"model": job.model, "tokens": tokens[start:]}) for tokens in (original, continued))
-    )
+    return original[start:], continued[start:]
 
 
-def continue_request(job: Job, prompt_tokens: int, said_tokens: int) -> Continuation:
+def continue_request(job: Job, prompt_tokens: int, said_tokens: int, rules: ContinuationRules) -> Continuation:
     """The request for the rest of the answer. ``prompt_tokens`` are the original prompt's, ``said_tokens`` those of the
     prefix."""
     request = orjson.loads(job.body)
     if job.path == CHAT_PATH:
-        request |= _continued_chat(request, job.prefix)
+        request |= _continued_chat(request, job.prefix, rules)
     else:
         request["prompt"] += job.prefix
-        if request.get("max_tokens") is None:
-            request["max_tokens"] = COMPLETION_TOKENS
+        if request.get("max_tokens") is None and rules.completion_tokens is not None:
+            request["max_tokens"] = rules.completion_tokens
     exhausted = False
     for name in ("max_tokens", "max_completion_tokens"):
         if type(request.get(name)) is int:
@@ -88,12 +85,8 @@ def continue_request(job: Job, prompt_tokens: int, said_tokens: int) -> Continua
     return Continuation(job, None if exhausted else orjson.dumps(request), prompt_tokens, said_tokens)
 
 
-def _continued_chat(request: dict[str, Any], prefix: str) -> dict[str, Any]:
-    return {
-        "messages": [*request["messages"], {"role": "assistant", "content": prefix}],
-        "continue_final_message": True,
-        "add_generation_prompt": False,
-    }
+def _continued_chat(request: Request, prefix: str, rules: ContinuationRules) -> Request:
+    return {"messages": [*request["messages"], {"role": "assistant", "content": prefix}], **rules.chat_fields}
 
 
 class Continuation:

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 
 from scheduling.slots import EngineLoad
 
-MAX_REQUESTS = 1_000_000
-"""More than any engine holds: a page that says more is wrong."""
-MAX_TOTAL = 2**53
+from .metric_samples import MAX_REQUESTS, MAX_TOTAL, fullest, number, total
+
 _SAMPLE = re.compile(
     rb"^vllm:(num_requests_waiting(?:_by_reason)?|num_requests_running|(?:kv|gpu)_cache_usage_perc|num_preemptions_total"
     rb"|(?:gpu_|external_)?prefix_cache_(?:queries|hits)_total|generation_tokens_total|cache_config_info)"
@@ -38,7 +36,7 @@ def read_load(page: bytes) -> EngineLoad | None:
     caches: list[float] = []
     deferred = 0.0
     for name, labels, text in _SAMPLE.findall(page):
-        value = _number(text)
+        value = number(text)
         if name == b"cache_config_info":
             caches.append(_cache_tokens(labels))
         elif not name.endswith(b"_by_reason"):
@@ -47,19 +45,19 @@ def read_load(page: bytes) -> EngineLoad | None:
             deferred += value
     for old, new in _RENAMED.items():  # some versions tell both
         values.setdefault(new, values.get(old, []))
-    waiting = _total(values.get(b"num_requests_waiting", ()), MAX_REQUESTS)
+    waiting = total(values.get(b"num_requests_waiting", ()), MAX_REQUESTS)
     if waiting is None:
         return None
     return EngineLoad(
         waiting=max(waiting - int(deferred), 0),
-        running=_total(values.get(b"num_requests_running", ()), MAX_REQUESTS),
-        kv_usage=_share(values.get(b"kv_cache_usage_perc", ())),
-        preemptions=_total(values.get(b"num_preemptions_total", ()), MAX_TOTAL),
-        prefix_queries=_total(values.get(b"prefix_cache_queries_total", ()), MAX_TOTAL),
-        prefix_hits=_total(values.get(b"prefix_cache_hits_total", ()), MAX_TOTAL),
-        generated=_total(values.get(b"generation_tokens_total", ()), MAX_TOTAL),
+        running=total(values.get(b"num_requests_running", ()), MAX_REQUESTS),
+        kv_usage=fullest(values.get(b"kv_cache_usage_perc", ())),
+        preemptions=total(values.get(b"num_preemptions_total", ()), MAX_TOTAL),
+        prefix_queries=total(values.get(b"prefix_cache_queries_total", ()), MAX_TOTAL),
+        prefix_hits=total(values.get(b"prefix_cache_hits_total", ()), MAX_TOTAL),
+        generated=total(values.get(b"generation_tokens_total", ()), MAX_TOTAL),
         # Behind a cache outside of the engine (a connector's), nobody says how much is held.
-        cache_tokens=None if any(values.get(b"external_prefix_cache_queries_total", ())) else _total(caches, MAX_TOTAL),
+        cache_tokens=None if any(values.get(b"external_prefix_cache_queries_total", ())) else total(caches, MAX_TOTAL),
     )
 
 
@@ -72,21 +70,3 @@ def _cache_tokens(labels: bytes) -> float:
         return float(config[b"block_size"]) * float(config[b"num_gpu_blocks"])
     except (KeyError, ValueError):
         return math.nan
-
-
-def _number(text: bytes) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
-
-
-def _total(values: Sequence[float], most: int) -> int | None:
-    """The sum, or None without values or with one that cannot be."""
-    if not values or not all(0 <= value <= most for value in values):
-        return None
-    return int(sum(values))
-
-
-def _share(values: Sequence[float]) -> float | None:
-    return max(values) if values and all(0 <= value <= 1 for value in values) else None

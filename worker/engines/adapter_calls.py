@@ -1,6 +1,6 @@
-"""Have an engine load or unload a LoRA adapter while it serves, on vLLM's paths, and see in its list that it did.
+"""Have an engine load or unload a LoRA adapter while it serves, and see in its list that it did.
 
-vLLM has these paths where ``VLLM_ALLOW_RUNTIME_LORA_UPDATING`` is set (its docs, "LoRA Adapters").
+The calls are vLLM's (its docs, "LoRA Adapters"); SGLang has them on paths of its own (:mod:`.dialects`).
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Protocol
 
 from queue_schemas import EngineFailed
 
-LOAD_PATH = "/v1/load_lora_adapter"
-UNLOAD_PATH = "/v1/unload_lora_adapter"
+from .dialects import VLLM, AdapterPaths, Dialect
+
 CHANGE_TIMEOUT_S = 60.0
 """A load takes well under a second where the adapter's files are near."""
 _MAX_REASON_LENGTH = 300
@@ -40,21 +40,29 @@ class AdapterApi(Protocol):
         ...
 
 
-async def load_adapter(api: AdapterApi, name: str, path: str) -> tuple[str, ...]:
+async def load_adapter(api: AdapterApi, name: str, path: str, dialect: Dialect = VLLM) -> tuple[str, ...]:
     """Load the adapter in folder ``path``; the models that the engine lists then, ``name`` among them.
 
     Raises ``AdapterRefused`` with the engine's reason, ``AdaptersUnsupported`` where there is no such call, and
     ``EngineFailed`` for an engine that is not reached or takes longer than ``CHANGE_TIMEOUT_S``.
     """
-    return await _change(api, LOAD_PATH, {"lora_name": name, "lora_path": path}, listed=True)
+    paths = _paths(dialect)
+    return await _change(api, paths.load, {"lora_name": name, "lora_path": path}, listed=True, hint=paths.hint)
 
 
-async def unload_adapter(api: AdapterApi, name: str) -> tuple[str, ...]:
+async def unload_adapter(api: AdapterApi, name: str, dialect: Dialect = VLLM) -> tuple[str, ...]:
     """Unload an adapter; the models that the engine lists then. Raises as :func:`load_adapter` does."""
-    return await _change(api, UNLOAD_PATH, {"lora_name": name}, listed=False)
+    paths = _paths(dialect)
+    return await _change(api, paths.unload, {"lora_name": name}, listed=False, hint=paths.hint)
 
 
-async def _change(api: AdapterApi, path: str, fields: Mapping[str, str], *, listed: bool) -> tuple[str, ...]:
+def _paths(dialect: Dialect) -> AdapterPaths:
+    if dialect.adapter_paths is None:
+        raise AdaptersUnsupported(f"{dialect.name} loads no adapters while it serves")
+    return dialect.adapter_paths
+
+
+async def _change(api: AdapterApi, path: str, fields: Mapping[str, str], *, listed: bool, hint: str) -> tuple[str, ...]:
     try:
         async with asyncio.timeout(CHANGE_TIMEOUT_S):
             status, body = await api.exchange("POST", path, json.dumps(fields).encode())
@@ -64,9 +72,7 @@ async def _change(api: AdapterApi, path: str, fields: Mapping[str, str], *, list
                 return models
             # A path that takes POST alone says 405; one that is not there says 404, as a missing adapter does.
             if status in _NO_SUCH_CALL and (await api.exchange("GET", path))[0] != 405:
-                raise AdaptersUnsupported(
-                    f"the engine has no {path}: start vLLM with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora"
-                )
+                raise AdaptersUnsupported(f"the engine has no {path}: {hint}")
     except TimeoutError as error:
         raise EngineFailed(f"the engine did not answer {path} within {CHANGE_TIMEOUT_S:.0f} s") from error
     raise AdapterRefused(f"the engine answered {status} to {path}: {_reason(body)}")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from worker.settings import WorkerSettings
 
+from .dialects import DIALECTS
 from .http import HttpEngine
 from .port import Engine
 from .process import HOST, Launch, ProcessEngine
@@ -20,7 +21,11 @@ def make_engine(settings: WorkerSettings, restarted: Callable[[], None] = lambda
     """
     match settings.engine_kind:
         case "url":
-            return HttpEngine(settings.engine_url, api_key=settings.engine_api_key.get_secret_value())
+            return HttpEngine(
+                settings.engine_url,
+                api_key=settings.engine_api_key.get_secret_value(),
+                dialect=DIALECTS.get(settings.engine_dialect),
+            )
         case "sim":
             # Loaded by the workers that run it alone: 2 MB.
             from .simulated import SimulatedEngine  # noqa: PLC0415

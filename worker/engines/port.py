@@ -16,6 +16,7 @@ from queue_schemas.fleet.model_cards import Card
 from queue_schemas.records import record
 from scheduling.slots import EngineLoad
 
+from .dialects import Dialect
 from .step_reader import StepReader
 
 
@@ -117,6 +118,11 @@ class Engine(Protocol):
     @property
     def cards(self) -> Mapping[str, Card]:
         """What it says of each model beside its id (:mod:`queue_schemas.fleet.model_cards`)."""
+        ...
+
+    @property
+    def dialect(self) -> Dialect:
+        """Its ways where engines differ. Those of a server that is not known, until it was READY once."""
         ...
 
     async def run(self, changed: Callable[[], None]) -> None:

@@ -27,6 +27,7 @@ from telemetry.environment import foreign_environment, free_port
 from telemetry.redaction import redact_arguments
 
 from . import guard
+from .dialects import VLLM
 from .http import HttpEngine
 from .log_tail import LogTail
 from .port import EngineAnswer, EngineCall
@@ -59,6 +60,9 @@ class ProcessEngine:
     ``log_file`` gets the process's output.
     """
 
+    dialect = VLLM
+    """Of whatever a worker starts: vLLM, or the simulated engine, which has its ways."""
+
     def __init__(
         self,
         name: str,
@@ -90,7 +94,7 @@ class ProcessEngine:
         self._process: Process | None = None
         self._ready_at: float | None = None
         self._last_failure = ""
-        self._http = HttpEngine(f"http://{HOST}:0")
+        self._http = HttpEngine(f"http://{HOST}:0", dialect=self.dialect)
         self._changed: Callable[[], None] = lambda: None
 
     @property
@@ -194,7 +198,7 @@ class ProcessEngine:
         self._become(EngineState.STARTING, f"{self.name} is starting on port {self.port}{before}")
         command = " ".join(redact_arguments(launch.command))
         log.info("engine_starting", engine=self.name, command=command, log_file=str(self.log.path))
-        self._http = HttpEngine(f"http://{HOST}:{self.port}")
+        self._http = HttpEngine(f"http://{HOST}:{self.port}", dialect=self.dialect)
         try:
             async with self._started(launch) as process, asyncio.TaskGroup() as group:
                 group.create_task(self._watch_exit(process), name="engine exit")

@@ -16,6 +16,7 @@ from telemetry.backoff import Backoff
 
 from ...core import read_load
 from ..adapter_calls import load_adapter, unload_adapter
+from ..dialects import VLLM
 from ..port import EngineAnswer, EngineCall, EngineGone
 from ..step_reader import StepReader
 from .adapter_load import AdapterLoad
@@ -33,6 +34,8 @@ STABLE_S = 10.0
 
 class SimulatedEngine:
     """Implements :class:`worker.engines.Engine` without HTTP. A crash fails every call that runs; then it restarts."""
+
+    dialect = VLLM
 
     def __init__(self, settings: SimulationSettings | None = None) -> None:
         self.settings = settings or SimulationSettings()

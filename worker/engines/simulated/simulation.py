@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import orjson
 
-from ..adapter_calls import LOAD_PATH, UNLOAD_PATH
+from ..dialects.vllm import LOAD_PATH, UNLOAD_PATH
 from .adapter_load import AdapterLoad
 from .api import messages, responses, scoring, wire
 from .api.adapters import parse_load, parse_unload

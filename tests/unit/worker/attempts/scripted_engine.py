@@ -23,6 +23,7 @@ from telemetry import MetricsRegistry
 from tests.support.queue import make_job
 from worker.attempts import Attempt, Attempts
 from worker.engines import EngineAnswer, EngineCall, StepReader
+from worker.engines.dialects import VLLM
 from worker.frame_batcher import FrameBatcher
 from worker.metrics import WorkerMetrics
 
@@ -75,6 +76,8 @@ class Answer:
 
 class ScriptedEngine:
     """Answers every call with ``answer``; counts the calls that were left before their end."""
+
+    dialect = VLLM
 
     def __init__(self, answer: Answer | Exception) -> None:
         self.answer = answer

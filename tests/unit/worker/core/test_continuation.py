@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from queue_schemas import EngineState, Job
 from tests.support.queue import make_job
-from worker.attempts.continuation_planner import NotContinuable, plan_continuation
+from worker.attempts.continuation_planner import plan_continuation
 from worker.core import Continuation
-from worker.engines import EngineCall
+from worker.engines import EngineCall, NotContinuable
+from worker.engines.dialects import VLLM
 from worker.engines.simulated import SimulatedEngine, SimulationSettings
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -129,6 +130,8 @@ async def test_an_engine_that_cannot_truthfully_go_on_is_found_out(options: dict
 
 class Decorating:
     """An engine whose chat template puts ``before`` in front of an answer that is to begin, or that is to go on."""
+
+    dialect = VLLM
 
     def __init__(self, engine: SimulatedEngine, *, goes_on: bool, before: str) -> None:
         self._engine = engine

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from scheduling.slots import EngineLoad
 from worker.core import read_load
-from worker.core.engine_load import MAX_REQUESTS
+from worker.core.metric_samples import MAX_REQUESTS
 
 PAGE = b"""# HELP vllm:num_requests_running Number of requests in model execution batches.
 # TYPE vllm:num_requests_running gauge

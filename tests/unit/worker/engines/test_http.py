@@ -19,7 +19,7 @@ from scheduling.slots import EngineLoad
 from telemetry.environment import free_port
 from tests.support.garbage import alive, without_collection
 from tests.support.waiting import eventually
-from worker.engines import EngineCall, EngineGone, http, new_call_id
+from worker.engines import EngineCall, EngineGone, http, http_call, new_call_id
 from worker.engines.connection import PAUSE_BYTES, EngineConnection
 from worker.engines.http import HttpEngine
 
@@ -133,7 +133,7 @@ async def test_a_connection_that_the_engine_closed_is_not_used_again() -> None:
 
 async def test_a_kept_connection_that_closes_when_used_again_costs_no_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine closed it as idle while the request was on its way: nothing was answered, so it is sent once more."""
-    monkeypatch.setattr(http, "REPOST_LIMIT_S", 5.0)  # a loaded machine is slow to see it
+    monkeypatch.setattr(http_call, "REPOST_LIMIT_S", 5.0)  # a loaded machine is slow to see it
 
     async def respond(_request: bytes, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if len(raw.requests) == 2:
@@ -153,7 +153,7 @@ async def test_a_request_is_repeated_only_if_nothing_was_answered_and_only_once(
     beginning: bytes, requests: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half a head is an answer that broke; a new connection that closes is an engine that fails."""
-    monkeypatch.setattr(http, "REPOST_LIMIT_S", 5.0)
+    monkeypatch.setattr(http_call, "REPOST_LIMIT_S", 5.0)
 
     async def respond(_request: bytes, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if len(raw.requests) == 1:
@@ -174,13 +174,13 @@ async def test_a_request_is_repeated_only_if_nothing_was_answered_and_only_once(
 
 async def test_a_kept_connection_that_closes_later_was_no_idle_one() -> None:
     """[D3] The engine has had the request for a while, and may have worked on it: it is not sent again unseen."""
-    assert http.REPOST_LIMIT_S <= 0.05
+    assert http_call.REPOST_LIMIT_S <= 0.05
 
     async def respond(_request: bytes, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if len(raw.requests) == 1:
             writer.write(PLAIN)
         else:
-            await asyncio.sleep(2 * http.REPOST_LIMIT_S)
+            await asyncio.sleep(2 * http_call.REPOST_LIMIT_S)
             writer.close()
 
     async with engine_that(respond) as (engine, raw):

@@ -17,7 +17,8 @@ from tests.support.adapters import make_adapter
 from tests.support.processes import Child, environment
 from tests.support.waiting import eventually
 from worker.engines import Engine, EngineCall
-from worker.engines.adapter_calls import LOAD_PATH, UNLOAD_PATH, AdapterRefused, AdaptersUnsupported
+from worker.engines.adapter_calls import AdapterRefused, AdaptersUnsupported
+from worker.engines.dialects.vllm import LOAD_PATH, UNLOAD_PATH
 from worker.engines.http import HttpEngine
 from worker.engines.simulated import SimulatedEngine, SimulationSettings
 from worker.engines.simulated.options import build_parser, read_options
