@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -45,7 +45,6 @@ class Seen:
     renewals: list[float] = field(default_factory=list)
     reconciles: list[Reconcile] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
-    declines: list[Decline] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
     """Messages that break the protocol, in sentences."""
@@ -74,6 +73,21 @@ class ScriptedRouter:
         self._held: dict[str, asyncio.Event] = {}
         self._assigned: list[dict[str, Any]] = []
         self._version = 0
+        self._handlers: dict[str, Callable[[web.Request, bytes], Awaitable[dict[str, Any] | None]]] = {
+            "sessions": self._on_sessions,
+            "join": self._on_join,
+            "heartbeat": self._on_heartbeat,
+            "renew": self._on_renew,
+            "claim": self._on_claim,
+            "output": self._on_output,
+            "settle": self._on_settle,
+            "release": self._on_release,
+            "reconcile": self._on_reconcile,
+            "decline": self._on_decline,
+            "clear_suspicion": self._on_clear_suspicion,
+            "elsewhere": self._on_elsewhere,
+            "leave": self._on_leave,
+        }
 
     async def start(self, host: str = "127.0.0.1", port: int = 0) -> None:
         """Listen; after :meth:`stop` on the same port."""
@@ -142,7 +156,7 @@ class ScriptedRouter:
         refusal = self.refusals.get(name) or self.refusals.get("*")
         if refusal is None and name != "sessions" and request.match_info["session"] != self.session_id:
             refusal = (409, "fenced")
-        handler: Callable[[web.Request, bytes], Any] | None = getattr(self, f"_on_{name}", None)
+        handler = self._handlers.get(name)
         if handler is None:
             self.seen.faults.append(f"{request.method} {request.path}: there is no such call")
             refusal = (404, "unknown_path")
@@ -225,7 +239,7 @@ class ScriptedRouter:
         return {"lost": [lease for lease in reconcile.leases if lease in self.lost_leases]}
 
     async def _on_decline(self, request: web.Request, body: bytes) -> None:
-        self.seen.declines.append(_read(request, body, Decline))
+        _read(request, body, Decline)
 
     async def _on_clear_suspicion(self, request: web.Request, body: bytes) -> None:
         _read(request, body, LeaseCall)

@@ -43,13 +43,15 @@ class WorkerKit:
     def environment(self) -> dict[str, str]:
         """What the worker is told: for one of any make, and for ours."""
         return {
-            "INFERQ_ROUTER_URL": self.router.url,
-            "INFERQ_ENGINE_URL": self.engine.url,
-            "INFERQ_WORKER_KEY": self.key,
-            "INFERQ_WORKER_ID": "under-test",
-            "INFERQ_WORKER_SLOTS": str(SLOTS),
+            "ROUTER_URL": self.router.url,
+            "ENGINE_URL": self.engine.url,
+            "WORKER_KEY": self.key,
+            "WORKER_ID": "under-test",
+            "WORKER_SLOTS": str(SLOTS),
             "INFERQ_WORKER_MANAGER_URLS": self.router.url,
             "INFERQ_WORKER_ENGINE_URL": self.engine.url,
+            "INFERQ_WORKER_KEY": self.key,
+            "INFERQ_WORKER_SLOTS": str(SLOTS),
             "INFERQ_WORKER_WORKER_ID": "under-test",
             "INFERQ_WORKER_PORT": str(free_port()),
         }
@@ -82,13 +84,16 @@ class WorkerKit:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(limit_s):
                 while not holds():
+                    if self.exit_code is not None:
+                        break
                     self.queue.changed.clear()
                     with contextlib.suppress(TimeoutError):
                         async with asyncio.timeout(0.05):
                             await self.queue.changed.wait()
-                return
+                if holds():
+                    return
         ended = "" if self.exit_code is None else f"; the worker has ended with {self.exit_code}"
-        raise Broken(f"within {limit_s:.0f} s: {what}{ended}")
+        raise Broken(f"not within {limit_s:.0f} s: {what}{ended}")
 
     async def stays(self, holds: Callable[[], bool], what: str, *, for_s: float = 1.0) -> None:
         """Check for a while that ``holds`` goes on. Raises ``Broken`` that says ``what``."""
