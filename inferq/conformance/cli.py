@@ -22,12 +22,14 @@ def worker(
     ] = "",
     rule: Only = None,
     log: Annotated[Path | None, typer.Option(help="File for the worker's output.")] = None,
+    patience: Annotated[float, typer.Option(min=0.1, help="Multiplies all time limits: more on a slow machine.")] = 1.0,
     as_json: AsJson = False,
 ) -> None:
     """Play a Router for a worker, and check it by every rule of docs/worker-protocol.md."""
     from .commands import check_worker  # noqa: PLC0415
 
-    raise typer.Exit(check_worker(command or [], listen=listen, only=rule or [], log=log, as_json=as_json))
+    code = check_worker(command or [], listen=listen, only=rule or [], log=log, patience=patience, as_json=as_json)
+    raise typer.Exit(code)
 
 
 @conformance_app.command("router")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,7 +18,15 @@ from .worker_kit import START_LIMIT_S, WorkerKit, worker_kit
 from .worker_rules import WORKER_RULES
 
 
-def check_worker(command: Sequence[str], *, listen: str, only: Sequence[str], log: Path | None, as_json: bool) -> int:
+def check_worker(
+    command: Sequence[str],
+    *,
+    listen: str,
+    only: Sequence[str],
+    log: Path | None,
+    patience: float,
+    as_json: bool,
+) -> int:
     """Check the worker that ``command`` starts, or that somebody starts for the Router at ``listen``. The exit code: 1
     if a rule is broken."""
     rules = _selected(WORKER_RULES, only)
@@ -26,16 +35,25 @@ def check_worker(command: Sequence[str], *, listen: str, only: Sequence[str], lo
         raise CannotStart("say how the worker is started (behind --), or where it finds the Router: --listen HOST:PORT")
     if listen and not port.isdecimal():
         raise CannotStart(f"--listen {listen}: write it like 127.0.0.1:18000")
-    results = asyncio.run(_check_worker(rules, command, host or "127.0.0.1", int(port or 0), log, as_json=as_json))
+    results: list[Result] = []
+
+    async def check() -> None:
+        kit = worker_kit(command, host or "127.0.0.1", int(port or 0), log=log, patience=patience)
+        async for result in check_worker_rules(rules, kit):
+            results.append(result)
+            if not as_json:
+                show(result, out)
+
+    asyncio.run(check())
     return _report(results, as_json=as_json)
 
 
-async def _check_worker(
-    rules: Sequence[Rule[WorkerKit]], command: Sequence[str], host: str, port: int, log: Path | None, *, as_json: bool
-) -> list[Result]:
-    results = []
-    async with worker_kit(command, host, port, log) as kit:
-        if not command:
+async def check_worker_rules(
+    rules: Sequence[Rule[WorkerKit]], opened: AbstractAsyncContextManager[WorkerKit]
+) -> AsyncIterator[Result]:
+    """What comes of each rule, one after the other; no more once a worker does not come."""
+    async with opened as kit:
+        if not kit.command:
             err.print(f"start the worker, within {START_LIMIT_S:.0f} s, with")
             for name, value in kit.environment.items():
                 err.print(f"  {name}={value}", soft_wrap=True)
@@ -43,14 +61,9 @@ async def _check_worker(
             try:
                 await kit.ready()
             except Broken as error:
-                results.append(Result(rule.name, rule.sentence, str(error), START_LIMIT_S))
-            else:
-                results.append(await _check_one(rule, kit))
-            if not as_json:
-                show(results[-1], out)
-            if not kit.queue.claims:
-                break  # it has never come
-    return results
+                yield Result(rule.name, rule.sentence, str(error), START_LIMIT_S)
+                return
+            yield await _check_one(rule, kit)
 
 
 async def _check_one(rule: Rule[WorkerKit], kit: WorkerKit) -> Result:

@@ -89,19 +89,22 @@ class ScriptedQueue:
         """All control messages so far; the id of each is its place, from 1."""
         self.claims: list[Claim] = []
         self.by_lease: dict[str, Attempt] = {}
+        self.parked = False
+        """Whether the last claim gave less than it asked for: then new work is told."""
         self._answered: tuple[int, list[Attempt]] = (0, [])
 
     def reset_session(self) -> None:
         """Another session: its claims and messages begin anew."""
         self.messages.clear()
         self.claims.clear()
+        self.parked = False
         self._answered = (0, [])
 
     def put(self, *jobs: Job) -> None:
         """New work; a worker that waits is woken."""
         self.waiting += jobs
         self.jobs += jobs
-        if self.claims:
+        if self.parked:
             self.tell("wake")
         self.changed.set()
 
@@ -130,6 +133,7 @@ class ScriptedQueue:
             return self._answered[1]
         taken, self.waiting = self.waiting[: claim.n], self.waiting[claim.n :]
         self._answered = (claim.seq, [self.begin(job) for job in taken])
+        self.parked = len(taken) < claim.n
         return self._answered[1]
 
     def has_news(self, call: ClaimCall) -> bool:

@@ -138,6 +138,8 @@ class ScriptedRouter:
         except web.HTTPRequestEntityTooLarge:
             self.seen.faults.append(f"{name}: a call of more than 16 MiB")
             raise
+        except ConnectionError:  # the worker has left, or this Router is stopped
+            raise web.HTTPBadRequest from None
 
     def _next_fault(self, name: str) -> Fault | None:
         queued = self.faults.get(name)

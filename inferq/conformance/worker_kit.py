@@ -30,7 +30,9 @@ _KEY_BYTES = 24
 class WorkerKit:
     """The surroundings of one worker. ``command`` starts it; without one somebody else does."""
 
-    def __init__(self, command: Sequence[str], log: Path | None = None) -> None:
+    def __init__(self, command: Sequence[str], log: Path | None = None, patience: float = 1.0) -> None:
+        """``patience`` multiplies the limits within which something has to happen."""
+        self.patience = patience
         self.command = command
         self.key = secrets.token_urlsafe(_KEY_BYTES)
         self.queue = ScriptedQueue()
@@ -81,6 +83,7 @@ class WorkerKit:
 
     async def until(self, holds: Callable[[], bool], what: str, *, limit_s: float = SOON_S) -> None:
         """Wait until ``holds``. Raises ``Broken`` where it does not in time: ``what`` says what should have been."""
+        limit_s *= self.patience
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(limit_s):
                 while not holds():
@@ -114,10 +117,10 @@ class WorkerKit:
         if self._process is None:
             raise NotChecked("the kit has not started the worker: give its command")
         try:
-            async with asyncio.timeout(limit_s):
+            async with asyncio.timeout(limit_s * self.patience):
                 return await self._process.wait()
         except TimeoutError:
-            raise Broken(f"the worker has not ended after {limit_s:.0f} s") from None
+            raise Broken(f"the worker has not ended after {limit_s * self.patience:.0f} s") from None
 
     async def calm_down(self) -> None:
         """Undo what a rule has set, and let go what it has left."""
@@ -168,10 +171,15 @@ class WorkerKit:
 
 @asynccontextmanager
 async def worker_kit(
-    command: Sequence[str], host: str = "127.0.0.1", port: int = 0, log: Path | None = None
+    command: Sequence[str],
+    host: str = "127.0.0.1",
+    port: int = 0,
+    *,
+    log: Path | None = None,
+    patience: float = 1.0,
 ) -> AsyncIterator[WorkerKit]:
     """The kit, listening. The worker is killed at the end."""
-    kit = WorkerKit(command, log)
+    kit = WorkerKit(command, log, patience)
     await kit.engine.start()
     await kit.router.start(host, port)
     try:

@@ -70,7 +70,10 @@ async def _many_streams(kit: WorkerKit) -> None:
 async def _prefix(kit: WorkerKit) -> None:
     [attempt] = await kit.run(chat("stream 4", stream=True, prefix="word0 word1 "))
     require(bool(attempt.settles), "a job with a prefix was released")
-    if not attempt.heads[0].continued:
+    if attempt.heads[0].continued:
+        said = "it says continued, and has not asked the engine to go on behind the prefix"
+        require(b"word0 word1 " in kit.engine.calls[-1].body, said)
+    else:
         check_answer(attempt, whole_stream(4), content_type="text/event-stream")
 
 
