@@ -73,7 +73,7 @@ class ManagerActor:
         self._stop = asyncio.Event()
         self._unfit = ""
         self._task = asyncio.create_task(self._run(), name="manager")
-        self._task.add_done_callback(_exit_on_error)
+        self._task.add_done_callback(exit_on_error)
 
     async def answer(
         self, method: str, path: str, query: str, headers: list[tuple[str, str]], body: bytes
@@ -119,10 +119,10 @@ class ManagerActor:
                 await self._stop.wait()
 
 
-def _exit_on_error(task: asyncio.Task[None]) -> None:
+def exit_on_error(task: asyncio.Task[None]) -> None:
     """End the process after an unforeseen error: Ray starts another."""
     if not task.cancelled() and (error := task.exception()) is not None:
-        log.critical("manager_broken", error=repr(error), exc_info=error)
+        log.critical("actor_broken", error=repr(error), exc_info=error)
         os._exit(1)
 
 

@@ -69,6 +69,8 @@ class Autoscaler:
         self._looked = False
         self.reasons: list[str] = ["it has not looked yet"]
         """Why it does not scale now, in sentences; empty if it does."""
+        self.workers: dict[str, frozenset[str]] = {}
+        """The pool's workers by state at the last look, as in :class:`Roll`."""
 
     async def look(self) -> None:
         """One look, and the steps that follow from it."""
@@ -120,6 +122,7 @@ class Autoscaler:
         if others := await self._claim_adapters():
             reasons.append(f"another autoscaler acts for {_names(others)}: their jobs do not count here")
         roll = await self._roll(await self._step(self._driver.workers()))
+        self.workers = roll.groups
         self._metrics.show_workers(roll.counts)
         self._metrics.start_up.set(self._roster.start_up_ms / 1000)
         if roll.missing:
@@ -141,6 +144,8 @@ class Autoscaler:
         if not self._driver.drains:  # else its platform ends what drains, and starts anew what does not start
             await self._see_off(roll.leaving | roll.missing, roll)
         await self._scale(roll, decision.replicas)
+        if roll.size == decision.replicas:
+            await self._replace_outdated(roll)
         self._driver_failures = 0
 
     async def _claim(self) -> bool:
@@ -179,13 +184,26 @@ class Autoscaler:
             self._metrics.scaled("out", more)
         fewer = min(roll.size - target, len(roll.candidates))
         if fewer > 0 and self._holds_claim:
-            leaving = self._driver.removable(drain_order(roll.candidates), fewer)
+            outdated = self._driver.outdated
+            ordered = sorted(drain_order(roll.candidates), key=lambda worker_id: worker_id not in outdated)
+            leaving = self._driver.removable(ordered, fewer)
             self._metrics.scaled("in", len(leaving))
             if self._driver.drains:
                 await self._step(self._driver.remove(leaving))
             else:
                 self._roster.let_go(leaving)
                 await self._see_off(leaving, roll)
+
+    async def _replace_outdated(self, roll: Roll) -> None:
+        """Let a worker go that runs with other settings than those of now; a later look starts another for it. One at a
+        time, and none before all others take work: where the new settings do not work, the old workers serve on."""
+        outdated = [worker for worker in roll.candidates if worker.worker_id in self._driver.outdated]
+        going = [worker.worker_id for worker in outdated if not worker.ready]  # these serve nobody
+        if not going and not roll.leaving and not roll.missing and not roll.starting:
+            going = drain_order(outdated)[:1]
+        if going:
+            self._roster.let_go(going)
+            await self._see_off(going, roll)
 
     async def _see_off(self, leaving: Iterable[str], roll: Roll) -> None:
         """Have those that leave drain, and remove them once the registry knows them no more: whatever they ran they

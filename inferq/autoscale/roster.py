@@ -41,11 +41,15 @@ class Roll:
         return self.ready | self.starting | self.missing | self.lent | self.leaving
 
     @property
+    def groups(self) -> dict[str, frozenset[str]]:
+        """Who is in each state."""
+        groups = {"ready": self.ready, "starting": self.starting, "missing": self.missing}
+        return groups | {"lent": self.lent, "leaving": self.leaving, "foreign": self.foreign}
+
+    @property
     def counts(self) -> dict[str, int]:
         """How many are in each state."""
-        groups = {"ready": self.ready, "starting": self.starting, "missing": self.missing}
-        groups |= {"lent": self.lent, "leaving": self.leaving, "foreign": self.foreign}
-        return {state: len(ids) for state, ids in groups.items()}
+        return {state: len(ids) for state, ids in self.groups.items()}
 
 
 @dataclass(slots=True)

@@ -59,12 +59,15 @@ async def serve(settings: AutoscaleSettings, *, stop: asyncio.Event) -> None:
             host, port = listener.getsockname()[:2]
             log.info("listening", url=f"http://{host}:{port}", pool=settings.pool, driver=settings.driver)
             app = health_app("inferq autoscaler", metrics.registry, lambda: autoscaler.reasons)
-            await run_beside(app, listener, lambda until: _scale(settings, autoscaler, fabric, until), stop)
+            await run_beside(app, listener, lambda until: keep_scaling(settings, autoscaler, fabric, until), stop)
     finally:
         await driver.close()
 
 
-async def _scale(settings: AutoscaleSettings, autoscaler: Autoscaler, fabric: Fabric, stop: asyncio.Event) -> None:
+async def keep_scaling(
+    settings: AutoscaleSettings, autoscaler: Autoscaler, fabric: Fabric, stop: asyncio.Event
+) -> None:
+    """Look again and again until ``stop`` is set, then leave the pool to another autoscaler."""
     async with fabric:
         while not stop.is_set():
             await autoscaler.look()

@@ -9,7 +9,7 @@ from batches import BatchSettings
 from broker import BrokerSettings
 from inferq.autoscale.settings import AutoscaleSettings
 from inferq.console import out, print_json
-from inferq.on_ray import RaySettings
+from inferq.ray_cluster import RaySettings
 from inferq.tables import Column, Row, print_table
 from manager.settings import ManagerSettings
 from queue_schemas import CannotStart

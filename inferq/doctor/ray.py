@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from inferq.on_ray.head import read_head
+from inferq.ray_cluster.head import read_head
 from telemetry.files import absolute_path
 
 from .findings import DoctorTarget, Finding, Level

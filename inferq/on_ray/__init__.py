@@ -1,8 +1,4 @@
-"""The Ray topology: a cluster, in it the Manager as an actor and the Router as a Serve application.
+"""The Ray topology: in a cluster the Manager as an actor, the Router as a Serve application, workers and autoscalers.
 
-Importing this loads no Ray: a process must set Ray's variables before it imports it (:mod:`.cluster`).
+Importing this loads no Ray: a process must set Ray's variables before it imports it (:mod:`inferq.ray_cluster`).
 """
-
-from .settings import RaySettings
-
-__all__ = ["RaySettings"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated
 
 import typer
@@ -10,7 +10,10 @@ import typer
 from ..option_blocks import with_blocks
 from ..options import DATA_DIR, AsJson, DataDir
 
-ray_app = typer.Typer(help="Run inferq in a Ray cluster: the Manager as an actor, Routers as a Serve application.")
+ray_app = typer.Typer(
+    help="Run inferq in a Ray cluster: the Manager as an actor, Routers as a Serve application, workers where there is "
+    "room."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +33,39 @@ class ClusterOptions:
         return {"address": self.address, "data_dir": str(self.data_dir)}
 
 
+@dataclass(frozen=True, slots=True)
+class WorkerOptions:
+    """Which workers Ray is to run."""
+
+    model: Annotated[
+        str | None, typer.Option(help="Model whose workers are meant. Without it, workers are left as they are.")
+    ] = None
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Workers that always run. Default 1; 0 alone drains and removes them all.")
+    ] = None
+    max_workers: Annotated[
+        int | None, typer.Option(min=1, help="Most workers, started and drained as the queue asks. Default: --workers.")
+    ] = None
+    cpus_per_worker: Annotated[float | None, typer.Option(min=0, help="CPUs kept for each worker. Default 1.")] = None
+    gpus_per_worker: Annotated[float | None, typer.Option(min=0, help="GPUs kept for each worker. Default 0.")] = None
+    advertise_url: Annotated[
+        list[str] | None,
+        typer.Option(help="Router URL for workers on other nodes; may be repeated. Default: from host and port."),
+    ] = None
+
+    @property
+    def settings(self) -> dict[str, object]:
+        return {**asdict(self), "advertise_url": ",".join(self.advertise_url) if self.advertise_url else None}
+
+
 @ray_app.command("up")
 @with_blocks
 def ray_up(
     cluster: ClusterOptions,
+    workers: WorkerOptions,
+    worker_args: Annotated[
+        list[str] | None, typer.Argument(metavar="[-- OPTIONS]", help="Further options of `inferq worker`.")
+    ] = None,
     redis_url: Annotated[
         str | None,
         typer.Option(
@@ -59,15 +91,20 @@ def ray_up(
     """Start inferq in Ray, or change it in place while it serves. All other settings: `inferq config ray`."""
     from .commands import ray_up as bring_up  # noqa: PLC0415
 
-    asked = cluster.settings | {
-        "host": host,
-        "port": port,
-        "way_in": way_in,
-        "min_replicas": min_replicas,
-        "max_replicas": max_replicas,
-        "dashboard_port": dashboard_port,
-        "head_port": head_port,
-    }
+    asked = (
+        cluster.settings
+        | workers.settings
+        | {
+            "worker_args": worker_args or None,
+            "host": host,
+            "port": port,
+            "way_in": way_in,
+            "min_replicas": min_replicas,
+            "max_replicas": max_replicas,
+            "dashboard_port": dashboard_port,
+            "head_port": head_port,
+        }
+    )
     raise typer.Exit(bring_up(asked, redis_url=redis_url, as_json=as_json))
 
 
@@ -80,10 +117,21 @@ def ray_status(cluster: ClusterOptions, as_json: AsJson = False) -> None:
     raise typer.Exit(show_status(cluster.settings, as_json=as_json))
 
 
+@ray_app.command("leave")
+@with_blocks
+def ray_leave(
+    cluster: ClusterOptions, node: Annotated[str, typer.Option(help="Id of a node. Default: this machine's.")] = ""
+) -> None:
+    """Take a node out of the cluster: its workers drain, its Routers move. Exit code 1 if something is left on it."""
+    from .commands import ray_leave as take_leave  # noqa: PLC0415
+
+    raise typer.Exit(take_leave(cluster.settings, node=node))
+
+
 @ray_app.command("down")
 @with_blocks
 def ray_down(cluster: ClusterOptions, as_json: AsJson = False) -> None:
-    """Stop inferq in Ray after running requests; also stops a cluster that `inferq ray up` started."""
+    """Drain and stop inferq in Ray, workers first; also stops a cluster that `inferq ray up` started."""
     from .commands import ray_down as take_down  # noqa: PLC0415
 
     raise typer.Exit(take_down(cluster.settings, as_json=as_json))

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
 from inferq.console import err, out, print_json
-from inferq.on_ray.cluster import Target, connected, find_target, require_ray
-from inferq.on_ray.head import Head, locked, read_head, start_head, stop_head
 from inferq.on_ray.plan import RayPlan
-from inferq.on_ray.settings import RaySettings
+from inferq.on_ray.views import print_rows, print_up, status_facts, troubles
+from inferq.ray_cluster.cluster import Target, connected, find_target, require_ray
+from inferq.ray_cluster.head import Head, locked, read_head, start_head, stop_head
+from inferq.ray_cluster.settings import RaySettings
 from queue_schemas import CannotStart
-from telemetry import redact_url
 from telemetry.http.server import bind_socket
-
-if TYPE_CHECKING:
-    from inferq.on_ray.status import ClusterStatus
 
 HEALTHY, UNHEALTHY, NO_CLUSTER = 0, 1, 2
 
@@ -30,16 +25,21 @@ def ray_up(asked: Mapping[str, object], *, redis_url: str | None, as_json: bool)
     settings = RaySettings.load(**asked)
     folder = settings.data_folder
     plan = _plan_with_queue(settings, redis_url)
+    plan.pool(settings.host)  # raises now what would be refused at the end
     with locked(folder):
         target, started = _find_or_start(settings)
         try:
             with connected(target, settings.connect_limit_ms / 1000) as address:
                 from inferq.on_ray.deploy import deploy  # noqa: PLC0415 - loads Ray
+                from inferq.on_ray.pools import wait_settled  # noqa: PLC0415
                 from inferq.on_ray.status import read_status, wait_ready  # noqa: PLC0415
 
                 changed = deploy(plan, _tell)
                 _tell("waiting until the Router is ready")
                 wait_ready(plan.url, settings.ready_limit_ms / 1000)
+                if settings.model:
+                    _tell("waiting until the workers are ready")
+                    wait_settled(plan.pool_name, settings.ready_limit_ms / 1000)
                 status = read_status(address)
         except BaseException:
             if started is not None:
@@ -47,9 +47,9 @@ def ray_up(asked: Mapping[str, object], *, redis_url: str | None, as_json: bool)
             raise
     changed = ["Ray started", *changed] if started is not None else changed
     if as_json:
-        print_json({**_facts(status, target.head), "changed": changed}, line=True)
+        print_json({**status_facts(status, target.head), "changed": changed}, line=True)
     else:
-        _print_up(status, target.head, plan, changed)
+        print_up(status, target.head, plan, changed)
     return HEALTHY
 
 
@@ -64,10 +64,10 @@ def ray_status(asked: Mapping[str, object], *, as_json: bool) -> int:
 
         status = read_status(address)
     if as_json:
-        print_json(_facts(status, target.head))
+        print_json(status_facts(status, target.head))
     else:
-        _print_rows(status, target.head)
-        for reason in _troubles(status):
+        print_rows(status, target.head)
+        for reason in troubles(status):
             out.print(f"[yellow]not ready:[/yellow] {escape(reason)}")
     return HEALTHY if status.healthy else UNHEALTHY
 
@@ -104,6 +104,20 @@ def ray_down(asked: Mapping[str, object], *, as_json: bool) -> int:
     return HEALTHY
 
 
+def ray_leave(asked: Mapping[str, object], *, node: str) -> int:
+    """Take one node out of the cluster; the exit code: 0 nothing of ours is left on it, 1 something is."""
+    settings = RaySettings.load(**asked)
+    target = find_target(settings)
+    if target is None:
+        raise CannotStart("no Ray cluster of ours runs here: name one with --address")
+    with connected(target, settings.connect_limit_ms / 1000):
+        from inferq.on_ray.deploy import leave  # noqa: PLC0415 - loads Ray
+
+        empty = leave(node, lambda step: err.print(escape(step)))
+    out.print("The node can go." if empty else "Some Routers are still on it: no other node has taken them in time.")
+    return HEALTHY if empty else UNHEALTHY
+
+
 def _find_or_start(settings: RaySettings) -> tuple[Target, Head | None]:
     """The cluster to work on, and its head if it was started for that."""
     target = find_target(settings)
@@ -134,78 +148,6 @@ def _plan_with_queue(settings: RaySettings, redis_url: str | None) -> RayPlan:
             f"An `inferq up` that runs with the data folder {settings.data_folder} would have lent its own"
         )
     return RayPlan.load(settings, redis_url=found)
-
-
-def _facts(status: ClusterStatus, head: Head | None) -> dict[str, object]:
-    manager = status.manager
-    return {
-        "address": status.address,
-        "own": head is not None,
-        "dashboard": head.dashboard_url if head is not None else "",
-        "pid": head.pid if head is not None else 0,
-        "url": status.url,
-        "way_in": status.way_in,
-        "healthy": status.healthy,
-        "ready": not status.not_ready,
-        "not_ready": list(status.not_ready),
-        "manager": None
-        if manager is None
-        else {
-            "pid": manager.pid,
-            "acting": manager.acting,
-            "standing_by": manager.blocked_by_other_manager,
-            "not_ready": list(manager.why_not),
-        },
-        "application": None if status.application is None else asdict(status.application),
-    }
-
-
-def _print_up(status: ClusterStatus, head: Head | None, plan: RayPlan, changed: list[str]) -> None:
-    done = "; ".join(changed) if changed else "everything runs as configured: nothing changed"
-    out.print(f"\n[bold green]inferq is up in Ray[/bold green]: {escape(done)}\n")
-    _print_rows(status, head)
-    out.print(f"  [bold]{'Queue':<11}[/bold]{escape(redact_url(plan.broker.redis_url))}")
-    for reason in _troubles(status):
-        out.print(f"\n[yellow]Not ready yet:[/yellow] {escape(reason)}")
-    if _troubles(status):
-        out.print("It gets ready by itself once that is fixed; see `inferq ray status`.")
-    out.print(f"\nWorkers:  inferq worker --manager-url {status.url} ...", markup=False)
-    where = f" --address {status.address}" if head is None else ""
-    if plan.ray.data_dir != RaySettings.model_fields["data_dir"].default:
-        where += f" --data-dir {plan.ray.data_dir}"
-    out.print(f"Look:     inferq ray status{where}", markup=False)
-    out.print(f"Stop:     inferq ray down{where}\n", markup=False)
-
-
-def _print_rows(status: ClusterStatus, head: Head | None) -> None:
-    rows = [("Ray", f"{status.address}  ({'our own' if head is not None else 'joined'})")]
-    if head is not None:
-        rows.append(("Dashboard", f"{head.dashboard_url}  (its token is in {head.token_file})"))
-    if status.manager is None:
-        rows.append(("Manager", "none"))
-    else:
-        beside = "standing by: another Manager acts" if status.manager.blocked_by_other_manager else "not acting"
-        acting = "acting" if status.manager.acting else beside
-        rows.append(("Manager", f"process {status.manager.pid}, {acting}"))
-    if status.application is None:
-        rows.append(("Router", "none"))
-    else:
-        replicas = ", ".join(f"{count} {state.lower()}" for state, count in status.application.replicas.items())
-        rows.append(("Router", f"{status.url}/v1  ({replicas or status.application.state.lower()})"))
-        rows.append(("Way in", "the replicas themselves" if status.way_in == "replica" else "Serve's proxy"))
-    for name, text in rows:
-        out.print(f"  [bold]{name:<11}[/bold]{escape(text)}")
-
-
-def _troubles(status: ClusterStatus) -> list[str]:
-    reasons = list(status.not_ready)
-    if status.manager is None:
-        reasons.append("there is no Manager")
-    else:
-        reasons += [f"Manager: {reason}" for reason in status.manager.why_not if reason not in reasons]
-    if status.application is not None and not status.application.runs:
-        reasons.append(f"the Serve application is {status.application.state}: {status.application.message}")
-    return reasons
 
 
 def _tell(step: str) -> None:

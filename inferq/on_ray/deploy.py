@@ -8,38 +8,49 @@ from collections.abc import Callable
 
 import ray
 from ray import serve
+from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason  # type: ignore[attr-defined]  # generated
 from ray.serve import RunTarget
 
-from manager.ray_actor import ensure_manager, find_manager, remove_manager
-from queue_schemas import CannotStart
+from inferq.autoscale.settings import AutoscaleSettings
+from inferq.ray_cluster.actors import Placed, move_actor, placed_actors, until_removed
+from inferq.ray_cluster.workers import PREFIX as WORKER
+from manager.ray_actor import ensure_manager, remove_manager
+from queue_schemas import RAY_MANAGER, CannotStart
 from router.ray_serve import Scale, application
 
 from .plan import RayPlan
+from .pool_actor import PREFIX as POOL
+from .pools import end_workers, remove_workers, settle_pool
 from .status import APPLICATION, forget_note, read_application, read_manager, read_note, write_note
 
-REMOVAL_LIMIT_S = 10.0
 _POLL_S = 0.2
+_REPLICA = f"SERVE_REPLICA::{APPLICATION}#"
+_NODE_GOES = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+_NO_DEADLINE = 0
 _REFUSAL = re.compile(r"(?:CannotStart|BrokerUnsuitable)(?:\(['\"]|: )(.+?)(?:['\"]\))?\s*$", re.MULTILINE)
 
 Tell = Callable[[str], None]
 
 
 def deploy(plan: RayPlan, tell: Tell) -> list[str]:
-    """Make the Manager and the application what ``plan`` says; what was changed, in words.
+    """Make the Manager, the application and the workers what ``plan`` says; what was changed, in words.
 
     Raises ``CannotStart`` with the reason why a part cannot be had. What runs already is replaced while it serves.
     """
     if not plan.broker.redis_url:
         raise CannotStart("the Manager and the Routers must be told where Redis is: give --redis-url")
-    changed = [settle_manager(plan, tell), _settle_application(plan, tell)]
+    changed = [settle_manager(plan, tell), _settle_application(plan, tell), settle_pool(plan, tell)]
     return [change for change in changed if change]
 
 
 def remove(tell: Tell) -> bool:
-    """Take application and Manager out of the cluster, and Serve too if nothing else is in it.
+    """Take workers, application and Manager out of the cluster, in this order, and Serve too if nothing else is in it.
 
-    False if there was nothing of ours. Requests that run get the time that the Router's settings give them.
+    False if there was nothing of ours. Workers drain; requests that run get the time that the Router's settings give
+    them.
     """
+    had_workers = remove_workers(tell)
     status = serve.status()
     ours = APPLICATION in status.applications
     if ours:
@@ -51,9 +62,38 @@ def remove(tell: Tell) -> bool:
     tell("the Manager")
     had_manager = remove_manager()
     if had_manager:
-        _until_no_manager()
+        until_removed(RAY_MANAGER)
     forget_note()
-    return ours or had_manager
+    return ours or had_manager or had_workers
+
+
+def leave(node_id: str, tell: Tell) -> bool:
+    """Take a node out of the cluster, this one unless its id is given: Ray places nothing more on it, its workers
+    drain, Serve starts other Routers for those that it has, and Manager and autoscalers start elsewhere.
+
+    Whether nothing of ours is left on it: within ``stop_timeout``, no other node may have had room for its Routers.
+    Raises ``CannotStart`` if the cluster refuses.
+    """
+    context = ray.get_runtime_context()
+    node_id = node_id or context.get_node_id()
+    limit = time.monotonic() + AutoscaleSettings.load().stop_timeout / 1000
+    accepted, refusal = GcsClient(address=context.gcs_address).drain_node(
+        node_id, _NODE_GOES, "inferq ray leave", _NO_DEADLINE
+    )
+    if not accepted:
+        raise CannotStart(f"the Ray cluster does not let node {node_id[:8]} go: {refusal}")
+
+    def left(prefix: str) -> dict[str, Placed]:
+        return {name: place for name, place in placed_actors(prefix).items() if place.node_id == node_id}
+
+    end_workers(left(WORKER), tell)
+    for prefix in (POOL, RAY_MANAGER):
+        for name in left(prefix):
+            tell(f"{name}: it starts on another node")
+            move_actor(name)
+    while (routers := left(_REPLICA)) and time.monotonic() < limit:
+        time.sleep(_POLL_S)
+    return not routers
 
 
 def make_application(plan: RayPlan) -> serve.Application:
@@ -81,7 +121,7 @@ def settle_manager(plan: RayPlan, tell: Tell) -> str:
     tell("the Manager")
     if found is not None:
         remove_manager()
-        _until_no_manager()
+        until_removed(RAY_MANAGER)
     actor = ensure_manager(plan.manager, plan.broker, plan.telemetry, digest)
     try:
         ray.get(actor.facts.remote(), timeout=plan.ray.start_limit_ms / 1000)
@@ -138,15 +178,6 @@ def _await_replicas(limit_s: float) -> None:
         if time.monotonic() > limit:
             why = f": {_last_line(message)}" if message else "; look at the dashboard"
             raise CannotStart(f"the Router's replicas did not start within {limit_s:.0f} s{why}")
-        time.sleep(_POLL_S)
-
-
-def _until_no_manager() -> None:
-    """Ray keeps the name for a moment."""
-    limit = time.monotonic() + REMOVAL_LIMIT_S
-    while find_manager() is not None:
-        if time.monotonic() > limit:
-            raise CannotStart(f"the Manager's actor did not end within {REMOVAL_LIMIT_S:.0f} s: try again")
         time.sleep(_POLL_S)
 
 

@@ -20,6 +20,7 @@ from router.ray_serve import DEPLOYMENT
 from telemetry.http.fleet_session import direct_opener
 
 from .plan import RayPlan, way_in_url
+from .pools import Workers, read_workers
 
 APPLICATION = "inferq"
 FACTS_LIMIT_S, PAGE_LIMIT_S = 10.0, 3.0
@@ -86,6 +87,7 @@ class ClusterStatus:
     way_in: str = ""
     url: str = ""
     not_ready: tuple[str, ...] = field(default=("nothing is deployed",))
+    workers: Workers = field(default_factory=Workers)
 
     @property
     def healthy(self) -> bool:
@@ -95,15 +97,16 @@ class ClusterStatus:
             and self.application is not None
             and self.application.runs
             and not self.not_ready
+            and not self.workers.why_not
         )
 
 
 def read_status(address: str) -> ClusterStatus:
     """Look at everything."""
-    manager, application, note = read_manager(), read_application(), read_note()
+    manager, application, note, workers = read_manager(), read_application(), read_note(), read_workers()
     if application is None or note is None:
-        return ClusterStatus(address, manager, application)
-    return ClusterStatus(address, manager, application, note.way_in, note.url, ask_ready(note.url))
+        return ClusterStatus(address, manager, application, workers=workers)
+    return ClusterStatus(address, manager, application, note.way_in, note.url, ask_ready(note.url), workers)
 
 
 def read_manager() -> ManagerStatus | None:

@@ -72,7 +72,7 @@ async def serve_ray(fleet: Fleet, ray: RayFabric) -> None:
 
     async def served() -> bool:
         workers = await ray.acting()
-        return workers is not None and len(workers) == len(fleet.workers)
+        return workers is not None and workers.keys() >= {worker.name for worker in fleet.workers}
 
     await eventually(served, "all workers are registered in Ray", limit_s=30)
 

@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from inferq.on_ray.head import driver_environment, read_head
+from inferq.ray_cluster.head import driver_environment, read_head
 from telemetry.environment import HeldPorts, free_port
 
 from .servers import Server
@@ -62,10 +62,7 @@ class RayCluster:
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("INFERQ_", "RAY_"))}
         clean |= {"PYTHONPATH": str(ROOT), "COLUMNS": "200", "INFERQ_RAY_SESSION_DIR": str(self._session)}
         clean |= {"TMPDIR": str(self._session)}  # where Routers hand each other their socket
-        clean |= {f"INFERQ_MANAGER_{name}": str(value) for name, value in _MANAGER.items()}
-        clean |= {f"INFERQ_ROUTER_{name}": str(value) for name, value in _ROUTER.items()}
-        clean |= {"RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1"}  # every 10 s otherwise
-        clean |= {"INFERQ_RAY_LAME_DUCK_MS": "1500", "INFERQ_REDIS_URL": server.url}
+        clean |= fabric_variables(server)
         changes = env or {}
         self.env = {name: value for name, value in {**clean, **changes}.items() if value is not None}
 
@@ -185,6 +182,14 @@ class RayCluster:
             f"--- {file.name}\n" + "\n".join(file.read_text("utf-8", "replace").splitlines()[-15:]) for file in files
         ]
         return "\n".join(tail for tail in tails if tail.count("\n"))
+
+
+def fabric_variables(server: Server) -> dict[str, str]:
+    """Settings of a fabric in Ray with short times, on the queue of ``server``."""
+    variables = {f"INFERQ_MANAGER_{name}": str(value) for name, value in _MANAGER.items()}
+    variables |= {f"INFERQ_ROUTER_{name}": str(value) for name, value in _ROUTER.items()}
+    variables |= {"RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1"}  # every 10 s otherwise
+    return variables | {"INFERQ_RAY_LAME_DUCK_MS": "1500", "INFERQ_REDIS_URL": server.url}
 
 
 def _title(pid: int) -> str:

@@ -35,6 +35,7 @@ class CommandDriver:
     """Runs the program once for each step, one step at a time, within ``driver_timeout``."""
 
     drains = False
+    outdated: frozenset[str] = frozenset()
 
     def __init__(self, settings: AutoscaleSettings) -> None:
         self._settings = settings

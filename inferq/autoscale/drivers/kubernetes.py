@@ -43,6 +43,7 @@ class KubernetesDriver:
     """Scales ``kubernetes_target``. A worker's id is its pod's name, which is the host's name in the pod."""
 
     drains = True
+    outdated: frozenset[str] = frozenset()
 
     def __init__(self, settings: AutoscaleSettings) -> None:
         """Raises ``CannotStart`` if there is no API server, token or namespace to be found."""

@@ -20,6 +20,12 @@ class Driver(Protocol):
     drains: bool
     """Whether :meth:`remove` has a worker finish what it runs. Otherwise it is drained first, and then removed."""
 
+    @property
+    def outdated(self) -> frozenset[str]:
+        """Those of the last :meth:`workers` that were started with other settings than those of now. They are replaced
+        one by one. Always empty where the platform does that, or where nobody can tell."""
+        ...
+
     async def workers(self) -> frozenset[str]:
         """The ids of all workers that it runs, starting and draining ones included."""
         ...

@@ -54,6 +54,7 @@ class ProcessDriver:
     """
 
     drains = False
+    outdated: frozenset[str] = frozenset()
 
     def __init__(
         self,

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, TypeVar
 
-from inferq.on_ray.cluster import connected, find_target, require_ray
-from inferq.on_ray.settings import RaySettings
+from inferq.ray_cluster.cluster import connected, find_target, require_ray
+from inferq.ray_cluster.settings import RaySettings
 from queue_schemas import CannotStart, InferqError
 from telemetry import get_logger
 from telemetry.threads import in_thread
@@ -18,10 +18,10 @@ from telemetry.threads import in_thread
 from ..settings import AutoscaleSettings
 from .port import DriverFailed
 from .start_pauses import StartPauses
-from .worker_command import id_prefix, join_token, worker_args
+from .worker_command import id_prefix, join_token, worker_args, worker_mark
 
 if TYPE_CHECKING:
-    from inferq.on_ray.workers import RayWorkers
+    from inferq.ray_cluster.workers import RayWorkers
 
 _Result = TypeVar("_Result")
 
@@ -31,17 +31,24 @@ log = get_logger(__name__)
 class RayDriver:
     """Asks the cluster of table ``[ray]`` for workers. Ray places them, and places them anew where a node is lost.
 
-    They are detached: they outlive the autoscaler, and the next one finds them by their names.
+    They are detached: they outlive the autoscaler, and the next one finds them by their names. The ids have a mark of
+    the settings with which they were started.
     """
 
     drains = False
 
-    def __init__(self, settings: AutoscaleSettings) -> None:
-        """Connects to nothing yet. Raises ``CannotStart`` without Ray."""
+    def __init__(self, settings: AutoscaleSettings, *, connected: bool = False) -> None:
+        """``connected``: this process is one of the cluster's. Otherwise the first step makes it one, of table
+        ``[ray]``. Raises ``CannotStart`` without Ray."""
         require_ray()
         self._settings = settings
+        self._connected = connected
         self._prefix = id_prefix(settings.pool, "ray")
-        self._start = secrets.token_hex(3)
+        self._current = f"{self._prefix}-{worker_mark(settings)}-"
+        self.outdated: frozenset[str] = frozenset()
+        self.last_failure = ""
+        """What the last worker said that could not be kept running."""
+        self._start = secrets.token_hex(2)
         self._count = 0
         self._exits = ExitStack()
         self._workers: RayWorkers | None = None
@@ -53,6 +60,8 @@ class RayDriver:
         found = await self._call(lambda workers: workers.find())
         for failure in found.failures:
             self._pauses.failed(time.monotonic(), 0.0, failure)
+            self.last_failure = failure
+        self.outdated = frozenset(one for one in found.running if not one.startswith(self._current))
         self._kill_at = {one: at for one, at in self._kill_at.items() if one in found.running}
         for worker_id in [one for one, at in self._kill_at.items() if time.monotonic() >= at]:
             log.warning("worker_killed", worker=worker_id, after_ms=self._settings.stop_timeout)
@@ -65,7 +74,7 @@ class RayDriver:
             self._pauses.check(time.monotonic())
         for _ in range(missing):
             self._count += 1
-            await self._ask_for(f"{self._prefix}-{self._start}-{self._count}")
+            await self._ask_for(f"{self._current}{self._start}-{self._count}")
 
     async def remove(self, worker_ids: Sequence[str]) -> None:
         for worker_id in worker_ids:
@@ -106,12 +115,15 @@ class RayDriver:
                 raise DriverFailed(f"the Ray cluster does not do as it is asked: {said}") from error
 
     def _connect(self) -> RayWorkers:
-        ray = RaySettings.load(data_dir=self._settings.data_dir)
-        target = find_target(ray)
-        if target is None:
-            raise CannotStart("no Ray cluster of ours runs: start it with `inferq ray up`, or set INFERQ_RAY_ADDRESS")
-        self._exits.enter_context(connected(target, ray.connect_limit_ms / 1000))
-        from inferq.on_ray.workers import RayWorkers  # noqa: PLC0415 - loads Ray, once its variables are set
+        if not self._connected:
+            ray = RaySettings.load(data_dir=self._settings.data_dir)
+            target = find_target(ray)
+            if target is None:
+                raise CannotStart(
+                    "no Ray cluster of ours runs: start it with `inferq ray up`, or set INFERQ_RAY_ADDRESS"
+                )
+            self._exits.enter_context(connected(target, ray.connect_limit_ms / 1000))
+        from inferq.ray_cluster.workers import RayWorkers  # noqa: PLC0415 - loads Ray, once its variables are set
 
         own = self._settings
         return RayWorkers(self._prefix, cpus=own.ray_cpus, gpus=own.ray_gpus)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+
+from inferq import __version__
 
 from ..settings import AutoscaleSettings
 
@@ -22,6 +25,19 @@ def pool_name(pool: str) -> str:
 def id_prefix(pool: str, place: str) -> str:
     """What the ids of workers for ``pool`` begin with that are started at ``place``; a number follows."""
     return f"auto-{pool_name(pool)}-{_plain(place)[:_MAX_PART]}"
+
+
+def worker_mark(settings: AutoscaleSettings) -> str:
+    """A part of workers' ids that changes with whatever makes other workers: what they are started with, the resources
+    kept for them, our version."""
+    content = [
+        __version__,
+        worker_args(settings, ""),
+        settings.ray_cpus,
+        settings.ray_gpus,
+        *join_token(settings).values(),
+    ]
+    return _mark(json.dumps(content))
 
 
 def worker_args(settings: AutoscaleSettings, worker_id: str) -> list[str]:

@@ -27,12 +27,13 @@ async def test_serve_deploy_takes_the_config_file_and_scales(
 ) -> None:
     """deploy/ray/serve.yaml, with this cluster's port, in place of what runs; `inferq ray status` knows it. Serve then
     follows the open requests, which it does not see itself: many streams, more replicas; none, as many as at least, and
-    no stream was cut off."""
+    no stream was cut off. The file's workers run, too, until the fabric leaves."""
     before = ray_cluster.replicas()
     config = yaml.safe_load((ROOT / "deploy" / "ray" / "serve.yaml").read_text())
     (application,) = config["applications"]
     application["args"] |= {"port": ray_cluster.port, "min_replicas": 1}
     application["args"] |= {"target_open_requests": 3, "up_delay_ms": 0, "down_delay_ms": 0}
+    application["args"] |= {"model": "of-the-file", "cpus_per_worker": 0, "worker_args": "--engine sim --slots 3"}
     file = tmp_path / "serve.yaml"
     file.write_text(yaml.safe_dump(config))
     done = await asyncio.to_thread(
@@ -51,6 +52,8 @@ async def test_serve_deploy_takes_the_config_file_and_scales(
         return status["healthy"] and status["application"]["replicas"] == {"RUNNING": 1}
 
     await eventually(replaced, "the replica of the config file runs alone", limit_s=90, every_s=0.5)
+    [worker] = ray_cluster.status()["workers"]
+    assert (worker["pool"], worker["state"]) == ("of-the-file", "ready")
     assert not set(before) & set(ray_cluster.replicas())
 
     async with RayFabric(ray_cluster) as ray:

@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from broker.embedded.server import EmbeddedServer, running_url
 from inferq.cli import app
-from inferq.on_ray import RaySettings
-from inferq.on_ray.cluster import Target, connected, require_ray
 from inferq.on_ray.plan import RayPlan, way_in_url
+from inferq.ray_cluster import RaySettings
+from inferq.ray_cluster.cluster import Target, connected, require_ray
 from queue_schemas import CannotStart
 from telemetry import explain_settings
 from telemetry.environment import free_port
@@ -118,7 +118,7 @@ def test_the_command_line_does_not_load_ray() -> None:
     """`inferq --version` is quick, and the variables that Ray reads when it is loaded can still be set."""
     import subprocess  # noqa: PLC0415
 
-    code = "import sys, inferq.cli, inferq.on_ray.commands, inferq.on_ray.cluster as c; c.require_ray()"
+    code = "import sys, inferq.cli, inferq.on_ray.commands, inferq.ray_cluster.cluster as c; c.require_ray()"
     done = subprocess.run([sys.executable, "-c", f"{code}; sys.exit('ray' in sys.modules)"], check=False, timeout=60)
     assert done.returncode == 0
 

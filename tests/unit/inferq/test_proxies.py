@@ -18,7 +18,7 @@ import yaml
 from inferq.doctor.fabric import check_engine
 from inferq.doctor.findings import DoctorTarget, Level
 from inferq.fleet.client import FleetClient
-from inferq.on_ray.usage import direct_environment, usage_environment
+from inferq.ray_cluster.usage import direct_environment, usage_environment
 from telemetry.http.fabric_calls import FabricCall, FabricHttp
 from telemetry.http.fleet_session import direct_opener, fleet_session
 from tests.support.recording_proxy import RecordingProxy

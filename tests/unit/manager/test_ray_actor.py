@@ -197,7 +197,7 @@ def test_what_nobody_foresaw_ends_the_process(tmp_path: Path) -> None:
         cwd=Path(__file__).parents[3],
     )
     assert ended.returncode == 1
-    assert '"event":"manager_broken"' in ended.stderr
+    assert '"event":"actor_broken"' in ended.stderr
     assert "nobody foresaw this" in ended.stderr
 
 

@@ -89,6 +89,7 @@ class FakeDriver:
 
     def __init__(self, *, drains: bool = False) -> None:
         self.drains = drains
+        self.outdated: frozenset[str] = frozenset()
         self.running: list[str] = []
         self.removed: list[str] = []
         self.asked: list[int] = []

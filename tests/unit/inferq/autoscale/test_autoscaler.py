@@ -375,3 +375,45 @@ async def test_an_adapter_that_another_autoscaler_scales_is_left_to_it() -> None
 def test_adapters_that_cannot_be_are_refused(adapters: list[str]) -> None:
     with pytest.raises(CannotStart, match=r"adapters|model|once"):
         AutoscaleSettings.load(pool="m", adapters=adapters)
+
+
+async def test_outdated_workers_are_replaced_one_by_one() -> None:
+    """The next goes once its forerunner's successor takes work, and what it ran is finished first."""
+    scene = Scene(min=2, max=2)
+    await scene.look()
+    scene.all_join()
+    await scene.look()
+    scene.fabric.join("w-1", running=1)
+    scene.driver.outdated = frozenset({"w-1", "w-2"})
+    await scene.look(3)
+    assert scene.fabric.drained == ["w-2"]
+    del scene.fabric.registry["w-2"]
+    await scene.look(3)
+    assert sorted(scene.driver.running) == ["w-1", "w-3"]
+    await scene.look(20)
+    assert scene.fabric.drained == ["w-2"], "the new one takes no work yet"
+    scene.all_join()
+    await scene.look()
+    assert scene.fabric.drained == ["w-2", "w-1"]
+    del scene.fabric.registry["w-1"]
+    await scene.look(3)
+    scene.all_join()
+    await scene.look(20)
+    assert sorted(scene.driver.running) == ["w-3", "w-4"]
+    assert scene.fabric.drained == ["w-2", "w-1"]
+
+
+async def test_outdated_workers_that_serve_nobody_go_at_once_and_first() -> None:
+    """Settings that could not work are corrected without waiting for workers that never come; scale-in takes them
+    before others."""
+    scene = Scene(min=2, max=2)
+    await scene.look()
+    scene.driver.outdated = frozenset({"w-1", "w-2"})
+    await scene.look(2)
+    assert sorted(scene.driver.removed) == ["w-1", "w-2"]
+    smaller = Scene(driver=scene.driver, min=1, max=1)
+    scene.driver.running, scene.driver.outdated, scene.driver.removed = ["w-3", "w-4"], frozenset({"w-3"}), []
+    smaller.all_join()
+    smaller.fabric.join("w-3", running=3)
+    await smaller.look(1)
+    assert smaller.fabric.drained == ["w-3"]

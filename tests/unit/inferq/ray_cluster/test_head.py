@@ -14,9 +14,9 @@ import pytest
 from inferq.doctor import DoctorTarget, Level
 from inferq.doctor.ray import check_ray
 from inferq.fleet.client import FleetClient
-from inferq.on_ray import head as heads
-from inferq.on_ray.head import Head, locked, read_head, running_head, start_head, stop_head
-from inferq.on_ray.settings import RaySettings
+from inferq.ray_cluster import head as heads
+from inferq.ray_cluster.head import Head, locked, read_head, running_head, start_head, stop_head
+from inferq.ray_cluster.settings import RaySettings
 from queue_schemas import CannotStart
 from tests.support.waiting import eventually
 

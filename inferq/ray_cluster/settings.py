@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from telemetry import RoleSettings
+from scheduling.autoscale import MAX_REPLICAS
+from telemetry import ManagerUrls, RoleSettings
 from telemetry.files import absolute_path
+from worker.settings import Arguments
 
 MIN_OBJECT_STORE_MIB = 76
 """Ray refuses less."""
@@ -21,6 +24,7 @@ class RaySettings(RoleSettings):
     """Table ``[ray]``, environment ``INFERQ_RAY_*``."""
 
     table: ClassVar[str] = "ray"
+    repeatable: ClassVar[Mapping[str, str]] = {"advertise_urls": "advertise-url"}
 
     address: str = Field(
         "", description="Ray cluster to join: host:port, or auto for the one that runs here; empty: one of our own"
@@ -38,6 +42,25 @@ class RaySettings(RoleSettings):
     replica_cpus: float = Field(0.0, ge=0, description="CPUs that Ray reserves for each replica")
     lame_duck_ms: int = Field(
         3_000, ge=0, description="The Router's lame_duck_ms in this topology, unless that is set itself"
+    )
+    model: str = Field(
+        "",
+        description="Model whose workers Ray runs, as in `inferq worker --model`; empty: all are left as they are",
+    )
+    workers: int = Field(1, ge=0, le=MAX_REPLICAS, description="Workers of the model that always run")
+    max_workers: int = Field(
+        0,
+        ge=0,
+        le=MAX_REPLICAS,
+        description="Most workers of the model, started and drained as its queue asks (table [autoscale]); 0: workers",
+    )
+    cpus_per_worker: float = Field(1.0, ge=0, description="CPUs that Ray reserves for each worker")
+    gpus_per_worker: float = Field(0.0, ge=0, description="GPUs that Ray reserves for each worker")
+    worker_args: Arguments = Field(
+        [], description="Further options of `inferq worker`. On the command line: all that follows --"
+    )
+    advertise_urls: ManagerUrls = Field(
+        [], description="Router URLs given to workers; empty: from host and port, and node_host if host is a wildcard"
     )
     node_host: str = Field(
         "", description="This machine's address for nodes that join our own cluster; empty: it stays on loopback"
@@ -67,6 +90,11 @@ class RaySettings(RoleSettings):
     def _in_proportion(self) -> Self:
         if self.min_replicas > self.max_replicas:
             raise ValueError("min_replicas must not be more than max_replicas")
+        if 0 < self.max_workers < self.workers:
+            raise ValueError("max_workers must be 0, or at least workers")
+        about_workers = {"workers", "max_workers", "cpus_per_worker", "gpus_per_worker", "worker_args"}
+        if not self.model and about_workers & self.model_fields_set:
+            raise ValueError("say what the workers serve: --model MODEL")
         return self
 
     @property
