@@ -6,8 +6,9 @@ from typing import Any
 
 from openai_api.paths import INFERENCE_PATHS, MULTIPART_PATHS
 from queue_schemas import FABRIC_PREFIX
+from queue_schemas.worker_protocol.fields import WORKER_PREFIX
 from telemetry.http.error_answers import error_responses
-from telemetry.http.openapi import API_KEYS, FLEET, Document, add_security
+from telemetry.http.openapi import API_KEYS, FLEET, WORKERS, Document, add_security
 
 from .http.rules import IDEMPOTENCY_HEADER
 from .settings import RouterSettings
@@ -62,6 +63,7 @@ def describe(document: Document, settings: RouterSettings) -> None:
             ("/v1/", users),
             (f"{FABRIC_PREFIX}/pools", [*FLEET, *users]),
             (FABRIC_PREFIX, fleet),
+            (WORKER_PREFIX, [*WORKERS, *([] if tokened or guarded or settings.worker_credentials_file else [{}])]),
         ],
     )
 

@@ -10,13 +10,15 @@ from queue_schemas import JOIN_TOKEN_HEADER
 Document = dict[str, Any]
 Describe = Callable[[Document], None]
 
-BEARER, API_KEY, JOIN_TOKEN = "Bearer", "ApiKey", "JoinToken"
+BEARER, API_KEY, JOIN_TOKEN, WORKER_KEY = "Bearer", "ApiKey", "JoinToken", "WorkerKey"
 API_KEYS: list[dict[str, list[str]]] = [{BEARER: []}, {API_KEY: []}]
+WORKERS: list[dict[str, list[str]]] = [{WORKER_KEY: []}, {JOIN_TOKEN: []}]
 FLEET: list[dict[str, list[str]]] = [{JOIN_TOKEN: []}]
 _SCHEMES = {
     BEARER: {"type": "http", "scheme": "bearer", "description": "An API key"},
     API_KEY: {"type": "apiKey", "in": "header", "name": "x-api-key", "description": "The same"},
     JOIN_TOKEN: {"type": "apiKey", "in": "header", "name": JOIN_TOKEN_HEADER, "description": "The fleet's join token"},
+    WORKER_KEY: {"type": "http", "scheme": "bearer", "description": "A worker's own credential"},
 }
 _METHODS = frozenset({"get", "put", "post", "delete", "options", "head", "patch", "trace"})
 

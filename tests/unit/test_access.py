@@ -89,7 +89,7 @@ def may(access: Access | None, principal: str, given: Setting) -> bool:
             return client
         case Access.CLIENT_OR_MEMBER:
             return client or (given.token and principal == "member")
-        case Access.MEMBER:
+        case Access.MEMBER | Access.WORKER:
             return principal == "member" if given.token else local and not given.keys
     raise AssertionError(f"no access is declared: {access}")
 
