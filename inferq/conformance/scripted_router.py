@@ -177,7 +177,7 @@ class ScriptedRouter:
     async def _on_sessions(self, request: web.Request, body: bytes) -> dict[str, Any]:
         join = _read(request, body, Join)
         self.seen.joins.append(join)
-        if join.session_id != self.session_id:
+        if join.session_id != self.session_id and not join.again:
             self.queue.reset_session()
             self.session_id = join.session_id
         return {

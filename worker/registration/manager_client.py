@@ -15,6 +15,7 @@ from queue_schemas import (
     FABRIC_PREFIX,
     AuthenticationFailed,
     BadRequest,
+    Fenced,
     Heartbeat,
     HeartbeatAnswer,
     InferqError,
@@ -42,7 +43,7 @@ _NO_SUCH_PAGE = frozenset({404, 405})
 IDLE_TIMEOUT_S = 45.0
 """A session connection carries a byte every 15 s; one without for so long is dead."""
 _MAX_ANSWER_BYTES = 8 << 20
-_REFUSALS: Mapping[str, type[InferqError]] = {kind.code: kind for kind in (PermissionRefused, WorkerIdTaken)}
+_REFUSALS: Mapping[str, type[InferqError]] = {kind.code: kind for kind in (Fenced, PermissionRefused, WorkerIdTaken)}
 _Answer = TypeVar("_Answer", bound=BaseModel)
 
 

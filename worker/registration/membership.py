@@ -16,6 +16,7 @@ from queue_schemas import (
     Assignment,
     AuthenticationFailed,
     BadRequest,
+    Fenced,
     Heartbeat,
     InferqError,
     PermissionRefused,
@@ -141,7 +142,8 @@ class Membership:
             return answer
 
     async def run(self) -> NoReturn:
-        """Send heartbeats until cancelled; register again when a Manager does not answer or does not know us."""
+        """Send heartbeats until cancelled; register again when a Manager does not answer or does not know us. Raises
+        ``Fenced`` if a Router says that the session was declared dead."""
         while True:
             await self._pause()
             if self._must_register:
@@ -150,6 +152,8 @@ class Membership:
                 continue
             try:
                 answer = await self._client.heartbeat(self._worker_id, Heartbeat(**self._status().model_dump()))
+            except Fenced:  # only over HTTP, where a heartbeat renews leases
+                raise
             except UnknownWorker as error:
                 self._note_unregistered(error.message)
                 await self.register(first=False)

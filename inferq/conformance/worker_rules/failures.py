@@ -68,7 +68,7 @@ async def _router_leaves(kit: WorkerKit) -> None:
     before = kit.router.seen.calls["claim"]
     await asyncio.sleep(1.5)
     asked = kit.router.seen.calls["claim"] - before
-    require(asked <= 60, f"it asked a Router that says 503 {asked} times in 1.5 s: without a pause")
+    require(asked <= 25, f"it asked a Router that says 503 {asked} times in 1.5 s: without a pause")
     kit.router.refusals.clear()
     [attempt] = await kit.run(chat("stream 3", stream=True), limit_s=25.0)
     check_answer(attempt, whole_stream(3), content_type="text/event-stream")

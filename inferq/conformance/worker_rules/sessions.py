@@ -102,7 +102,8 @@ async def _reports_slots(kit: WorkerKit) -> None:
     kit.queue.put(*jobs)
     await kit.until(lambda: kit.engine.running == SLOTS, "as many jobs run as there are slots")
     await kit.until(
-        lambda: kit.router.seen.heartbeats[-1][1].running == SLOTS, f"heartbeats say running: {SLOTS} while so many run"
+        lambda: [heartbeat.running for _, heartbeat in kit.router.seen.heartbeats][-1:] == [SLOTS],
+        f"heartbeats say running: {SLOTS} while so many run",
     )
     kit.engine.release.set()
     await kit.until(lambda: all(job.attempts and job.last.ended for job in jobs), "all are settled")
