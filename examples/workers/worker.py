@@ -120,7 +120,10 @@ class Attempt(threading.Thread):
             if answer.status >= 500 and job["attempt"] < job["max_attempts"]:
                 return f"the engine answered {answer.status}"
             is_stream = job["stream"] and answer.status < 400 and kind.startswith("text/event-stream")
-            rest = self.relay(answer) if is_stream else self.pieces(answer.read())
+            whole = b"" if is_stream else answer.read()
+            if not is_stream and kind.startswith("application/json"):
+                json.loads(whole)  # what says so and is none is broken
+            rest = self.relay(answer) if is_stream else self.pieces(whole)
         except BROKEN as error:
             return f"the engine broke off: {type(error).__name__}: {error}"
         if rest is not None and not self.stopped:

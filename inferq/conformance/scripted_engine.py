@@ -2,7 +2,8 @@
 
 ``stream 5``: five events and the end; ``slow 20``: twenty, a tenth of a second apart; ``break 3``: the connection
 breaks after three; ``held``: one, and then nothing until :attr:`ScriptedEngine.release`; ``status 500``: that status;
-``plain``: one JSON answer; ``bytes``: an answer that is no text; ``large``: 20 MiB.
+``plain``: one JSON answer; ``garbage``: no JSON that says it is; ``bytes``: an answer that is no text; ``large``: of 20
+MiB.
 """
 
 from __future__ import annotations
@@ -120,6 +121,8 @@ class ScriptedEngine:
                 return await self._stream(request, what, number)
             case "status":
                 return web.Response(status=number, body=b'{"error": {"message": "scripted"}}', content_type=_JSON)
+            case "garbage":
+                return web.Response(body=b"\x00\xff<<<", content_type=_JSON)
             case "bytes":
                 return web.Response(body=BINARY, content_type="audio/mpeg")
             case "large":

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from . import network, processes
 from .fleet import ChaosFleet, FaultAction
-from .plan import Fault, Kind
+from .plan import REDIS_WORKERS, Fault, Kind
 from .stream_garbage import write_garbage
 from .workload import IMPATIENT, MALFORMED, POISON
 
@@ -43,8 +43,10 @@ async def _exclusive(fleet: ChaosFleet, fault: Fault) -> AsyncIterator[Fault]:
 def _processes(fleet: ChaosFleet, kind: Kind) -> list[str]:
     """The processes of which a fault uses one exclusively."""
     match kind:
-        case Kind.KILL_WORKER | Kind.PAUSE_WORKER | Kind.DRAIN_WORKER | Kind.STRIKE_WORKER:
-            return [worker.name for worker in fleet.workers]
+        case Kind.KILL_WORKER | Kind.PAUSE_WORKER | Kind.DRAIN_WORKER:
+            return [worker.name for worker in fleet.all_workers]
+        case Kind.STRIKE_WORKER:
+            return [worker.name for worker in fleet.workers[:REDIS_WORKERS]]
         case Kind.KILL_ROUTER | Kind.PAUSE_ROUTER | Kind.STRIKE_ROUTER:
             return [router.name for router in fleet.routers]
         case Kind.KILL_MANAGER | Kind.PAUSE_MANAGER:

@@ -1,6 +1,7 @@
-"""Start the fleet of a run on loopback: Redis, two Routers, two Managers, three Workers with engines of their own.
+"""Start the fleet of a run on loopback: Redis, two Routers, two Managers, four Workers with engines of their own.
 
-A proxy stands before Redis for each Router and Worker, and before every Router and Manager for each Worker.
+Two Workers are at Redis, one of ours and one in Go have the queue over HTTP. A proxy stands before Redis for each who
+reaches it, and before every Router and Manager for each Worker.
 
 One worker's and the standby's clock is an hour ahead, one Router's an hour behind, all the time.
 """
@@ -20,8 +21,9 @@ from redis.exceptions import RedisError
 
 from queue_schemas.keys import ShardKeys
 from tests.support.clocks import HOUR_S, clock_off_by
+from tests.support.example_worker import ExampleWorker, build_go_worker
 from tests.support.fault_proxy import FaultProxy
-from tests.support.fleet import Fleet, Role
+from tests.support.fleet import MODEL, Fleet, Role
 from tests.support.queue import record_of
 from tests.support.servers import Server
 
@@ -29,7 +31,7 @@ from .answers import DIMENSIONS
 from .clients import Clients
 from .explanations import MAX_ATTEMPTS
 from .history import History
-from .plan import LEASE_S, MANAGERS, ROUTERS, SWEEP_S, WORKERS, Fault
+from .plan import ALL_WORKERS, LEASE_S, MANAGERS, REDIS_WORKERS, ROUTERS, SWEEP_S, WORKERS, Fault
 from .workload import TENANTS
 
 SLOTS = 8
@@ -54,6 +56,7 @@ class ChaosFleet:
         self.router_links: list[FaultProxy] = []
         self.fabric_links: list[list[FaultProxy]] = []
         """For each worker, one proxy before each Router and Manager."""
+        self.examples: list[ExampleWorker] = []
         self.clients: Clients | None = None
         self.in_use: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         """By process name: held by the fault that kills or pauses it."""
@@ -63,6 +66,11 @@ class ChaosFleet:
     @property
     def workers(self) -> list[Role]:
         return self.base.workers
+
+    @property
+    def all_workers(self) -> list[Role | ExampleWorker]:
+        """Those of another make, too."""
+        return [*self.workers, *self.examples]
 
     @property
     def roles(self) -> list[Role]:
@@ -84,7 +92,7 @@ class ChaosFleet:
             at_s = self.history.now_s
             self._measurements.append(asyncio.create_task(self._until_next_start(how, number, held, at_s)))
 
-    async def held_by(self, worker: Role) -> dict[str, int]:
+    async def held_by(self, worker: Role | ExampleWorker) -> dict[str, int]:
         """Job id -> epoch of a worker's leases; waits a moment until it has some."""
         limit = time.monotonic() + HELD_LIMIT_S
         async with self.server.client(socket_timeout=2) as client:
@@ -127,7 +135,10 @@ FaultAction = Callable[[ChaosFleet, int, Fault], Awaitable[None]]
 async def started_fleet(folder: Path, server: Server, history: History) -> AsyncIterator[ChaosFleet]:
     """Start all roles and wait until they serve; stop them with the block."""
     keys = ",".join(f"{hashlib.sha256(tenant.encode()).hexdigest()}:{tenant}" for tenant in TENANTS)
+    credentials = folder / "workers.toml"
+    credentials.write_text("".join(f'[worker-{n}]\nsha256 = ["{_digest(n)}"]\n' for n in range(1, ALL_WORKERS + 1)))
     router = {"api_keys": keys, "max_attempts": MAX_ATTEMPTS, "max_body_bytes": 4 << 20}
+    router["worker_credentials_file"] = str(credentials)
     manager = {"lease_ms": int(LEASE_S * 1000), "sweep_interval_ms": int(SWEEP_S * 1000)}
     ahead, behind = clock_off_by(HOUR_S, folder), clock_off_by(-HOUR_S, folder)
     async with AsyncExitStack() as exits:
@@ -147,17 +158,24 @@ async def started_fleet(folder: Path, server: Server, history: History) -> Async
             with base.having(behind):
                 fleet.routers.append(base.another_router(f"router-{number + 1}", **router, **own))
         for number in range(WORKERS):
-            fleet.worker_links.append(await link_to(server.port))
+            if number < REDIS_WORKERS:
+                fleet.worker_links.append(await link_to(server.port))
             fleet.fabric_links.append([await link_to(role.port) for role in (*fleet.routers, *fleet.managers)])
             with base.having(ahead if number == WORKERS - 1 else {}):
                 _add_worker(fleet, number)
+        fleet.fabric_links.append([await link_to(role.port) for role in fleet.routers])
+        _add_example(fleet, folder)
         for link in (*fleet.router_links, *fleet.worker_links):
             link.watch_for = (FENCED, DUPLICATE)
         base.session.headers["authorization"] = f"Bearer {TENANTS[0]}"
         for role in fleet.roles:
             role.process.start()
+        for example in fleet.examples:
+            exits.callback(example.kill)
+            example.engine.start()
+            example.process.start()
         await asyncio.gather(*(up(role) for role in fleet.roles))
-        await base.until_served(WORKERS)
+        await base.until_served(ALL_WORKERS)
         stalls = asyncio.create_task(fleet.watch_stalls(), name="stalls")
         try:
             yield fleet
@@ -165,15 +183,48 @@ async def started_fleet(folder: Path, server: Server, history: History) -> Async
             stalls.cancel()
 
 
+_ENGINE = {"tokens_per_s": 40, "ttft_ms": 20, "embedding_dimensions": DIMENSIONS}
+
+
 def _add_worker(fleet: ChaosFleet, number: int) -> None:
-    urls = ",".join(f"http://127.0.0.1:{link.port}" for link in fleet.fabric_links[number])
+    links = fleet.fabric_links[number]
+    if number < REDIS_WORKERS:
+        transport: dict[str, object] = {"redis_url": fleet.worker_links[number].url}
+    else:
+        links = links[: len(fleet.routers)]
+        transport = {"key": _key(number + 1)}
+    urls = ",".join(f"http://127.0.0.1:{link.port}" for link in links)
+    engine = {f"sim_{name}": value for name, value in _ENGINE.items()}
     fleet.base.worker(
-        f"worker-{number + 1}", engine="sim-process", slots=SLOTS, manager_url=urls,
-        redis_url=fleet.worker_links[number].url, sim_tokens_per_s=40, sim_ttft_ms=20, drain_timeout_ms=2_000,
-        sim_embedding_dimensions=DIMENSIONS,
+        f"worker-{number + 1}", engine="sim-process", slots=SLOTS, manager_url=urls, drain_timeout_ms=2_000,
+        **engine, **transport,
     )  # fmt: skip
 
 
-async def up(role: Role) -> None:
+def _add_example(fleet: ChaosFleet, folder: Path) -> None:
+    """The worker in Go, as the last one."""
+    name, port = f"worker-{ALL_WORKERS}", fleet.base.ports.take()
+    options: list[object] = ["--host", "127.0.0.1", "--port", port, "--model", MODEL, "--mode", "echo", "--name", name]
+    for option, value in _ENGINE.items():
+        options += [f"--{option.replace('_', '-')}", value]
+    env = {
+        "ROUTER_URL": ",".join(f"http://127.0.0.1:{link.port}" for link in fleet.fabric_links[-1]),
+        "ENGINE_URL": f"http://127.0.0.1:{port}",
+        "WORKER_KEY": _key(ALL_WORKERS),
+        "WORKER_ID": name,
+        "WORKER_SLOTS": str(SLOTS),
+    }
+    fleet.examples.append(ExampleWorker(folder, name, [str(build_go_worker(folder))], options, env))
+
+
+def _key(number: int) -> str:
+    return f"the key of worker {number}"
+
+
+def _digest(number: int) -> str:
+    return hashlib.sha256(_key(number).encode()).hexdigest()
+
+
+async def up(role: Role | ExampleWorker) -> None:
     """Wait until a role serves; a Manager that stands by is alive, not ready."""
     await role.ready("/healthz" if role.name.startswith("manager") else "/readyz")

@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from tests.support.example_worker import ExampleWorker
 from tests.support.fault_proxy import FaultProxy, InjectedFault
 from tests.support.fleet import Role
 
@@ -20,13 +21,13 @@ STRIKE_LIMIT_S = 5.0
 """How long a strike waits for its operation."""
 
 
-async def _restart(role: Role) -> None:
+async def _restart(role: Role | ExampleWorker) -> None:
     role.process.start()
     await up(role)
 
 
 async def kill_worker(fleet: ChaosFleet, number: int, fault: Fault) -> None:
-    worker = fleet.workers[fault.target]
+    worker = fleet.all_workers[fault.target]
     held = await fleet.held_by(worker)
     fleet.measure_recovery("kill", number, held)
     worker.process.kill()
@@ -57,7 +58,7 @@ async def kill_router_process(fleet: ChaosFleet, _number: int, fault: Fault) -> 
     await asyncio.sleep(fault.duration_s)
 
 
-def pause(roles: Callable[[ChaosFleet], Sequence[Role]]) -> FaultAction:
+def pause(roles: Callable[[ChaosFleet], Sequence[Role | ExampleWorker]]) -> FaultAction:
     async def act(fleet: ChaosFleet, _number: int, fault: Fault) -> None:
         role = roles(fleet)[fault.target]
         role.process.pause()
@@ -85,8 +86,8 @@ async def pause_router(fleet: ChaosFleet, number: int, fault: Fault) -> None:
 
 async def pause_worker(fleet: ChaosFleet, number: int, fault: Fault) -> None:
     if fault.duration_s > LEASE_S + 1:
-        fleet.measure_recovery("hang", number, await fleet.held_by(fleet.workers[fault.target]))
-    await pause(lambda fleet: fleet.workers)(fleet, number, fault)
+        fleet.measure_recovery("hang", number, await fleet.held_by(fleet.all_workers[fault.target]))
+    await pause(lambda fleet: fleet.all_workers)(fleet, number, fault)
 
 
 async def pause_engine(fleet: ChaosFleet, number: int, fault: Fault) -> None:
@@ -103,7 +104,7 @@ async def pause_engine(fleet: ChaosFleet, number: int, fault: Fault) -> None:
 
 
 async def drain_worker(fleet: ChaosFleet, _number: int, fault: Fault) -> None:
-    worker = fleet.workers[fault.target]
+    worker = fleet.all_workers[fault.target]
     worker.process.send(signal.SIGTERM)
     await worker.ended()
     await asyncio.sleep(fault.duration_s)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,10 +16,10 @@ from inferq.conformance.router_rules import ROUTER_RULES
 from inferq.conformance.scorecard import Result, check_rule
 from inferq.conformance.worker_kit import worker_kit
 from inferq.conformance.worker_rules import WORKER_RULES
-from tests.support.fleet import ROOT, Fleet
+from tests.support.example_worker import WORKERS, build_go_worker, program
+from tests.support.fleet import Fleet
 from tests.support.servers import Server
 
-WORKERS = ROOT / "examples" / "workers"
 PARTS = 4
 """How many workers of a kind are checked at a time, by a part of the rules each."""
 
@@ -40,25 +38,12 @@ async def scorecard(command: Sequence[str], folder: Path) -> list[Result]:
 
 def go_worker(folder: Path) -> list[str]:
     """The example in Go, built."""
-    subprocess.run(
-        [_program("go", "golang-go"), "build", "-o", str(folder / "worker"), "worker.go"],
-        cwd=WORKERS,
-        check=True,
-        timeout=110,
-    )
-    return [str(folder / "worker")]
+    return [str(build_go_worker(folder))]
 
 
 def node_worker(_folder: Path) -> list[str]:
     """The example for Node."""
-    return [_program("node", "nodejs"), str(WORKERS / "worker.mjs")]
-
-
-def _program(name: str, package: str) -> str:
-    found = shutil.which(name)
-    if found is None:
-        pytest.skip(f"{name} is not installed (apt-get install {package})")
-    return found
+    return [program("node", "nodejs"), str(WORKERS / "worker.mjs")]
 
 
 @pytest.mark.parametrize("kind", ["ours", "python", "node", "go"])
@@ -129,6 +114,7 @@ BREAKS = {
         'return f"the engine broke off: {type(error).__name__}: {error}"',
         'return "" if self.tell("settle", {**self.piece(b""), "outcome": "done"}) else ""',
     ),
+    "garbage": ("json.loads(whole)", "pass"),
     "engine-error": ("if answer.status >= 500 and", "if answer.status >= 900 and"),
     "last-error": ('job["attempt"] < job["max_attempts"]', 'job["attempt"] < 9'),
     "fenced-attempt": ('if found == "ok":', 'if found in ("ok", "fenced"):'),

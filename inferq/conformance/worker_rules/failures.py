@@ -37,6 +37,12 @@ async def _engine_fails_last(kit: WorkerKit) -> None:
     check_answer(attempt, b'{"error": {"message": "scripted"}}', status=503, content_type="application/json")
 
 
+async def _engine_garbage(kit: WorkerKit) -> None:
+    [attempt] = await kit.run(chat("garbage"))
+    passed_on = bool(attempt.settles) and attempt.heads[0].status < 500
+    require(not passed_on, "what says that it is JSON, and is none, was settled as an answer")
+
+
 async def _fenced_attempt(kit: WorkerKit) -> None:
     attempt = await kit.begun(chat("slow 60", stream=True))
     attempt.answer = "fenced"
@@ -98,6 +104,7 @@ async def _slow_link(kit: WorkerKit) -> None:
 
 FAILURE_RULES: tuple[Rule[WorkerKit], ...] = (
     Rule("broken-stream", "a stream that the engine breaks off is released, not settled", _engine_breaks),
+    Rule("garbage", "an answer that says it is JSON and is none counts as an error of the engine", _engine_garbage),
     Rule("engine-error", "an engine's error spends the attempt", _engine_fails),
     Rule("last-error", "in the last attempt it is the answer", _engine_fails_last),
     Rule("fenced-attempt", "an attempt that lost its job is stopped", _fenced_attempt),
