@@ -10,6 +10,7 @@ Times are short, so that what takes seconds in production takes a fraction of on
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -29,6 +30,9 @@ from .waiting import eventually
 ROOT = Path(__file__).parents[2]
 READY_LIMIT_S = 30.0
 MODEL = "sim"
+
+_OVER_HTTP = os.environ.get("INFERQ_TESTS_TRANSPORT") == "http"
+"""Whether all workers have the queue over HTTP, each with a key: to run the tests of fleets so, by hand."""
 
 _MANAGER = {
     "lease_ms": 3_000,
@@ -130,6 +134,8 @@ class Fleet:
         self.ports = HeldPorts()
         self._env = dict(env or {})
         self._everything: list[Role] = []
+        self._credentials = folder / "workers.toml"
+        self._credentials.touch()
         self._manager_flags = _MANAGER | {"redis_url": server.url} | dict(manager or {})
         self._router_flags = dict(router or {})
 
@@ -167,7 +173,10 @@ class Fleet:
 
     def another_router(self, name: str, **flags: object) -> Role:
         """A Router, not started yet."""
-        return self.add(name, "router.service", _ROUTER | {"router_id": name, "manager_url": self.manager.url} | flags)
+        settings = _ROUTER | {"router_id": name, "manager_url": self.manager.url}
+        if _OVER_HTTP:
+            settings |= {"worker_credentials_file": self._credentials}
+        return self.add(name, "router.service", settings | flags)
 
     def another_manager(self, name: str) -> Role:
         """A Manager that stands by, not started yet."""
@@ -177,8 +186,10 @@ class Fleet:
         """A worker, not started yet; it registers through the Router, as users do, or with the Manager."""
         urls = f"{self.router.url},{self.manager.url}"
         settings = _WORKER | {"worker_id": name, "manager_url": urls, "model": MODEL, "sim_name": name} | flags
-        if os.environ.get("INFERQ_TESTS_TRANSPORT") == "http" and "redis_url" not in flags:
-            settings |= {"transport": "http", "manager_url": flags.get("manager_url", self.router.url)}
+        if _OVER_HTTP and not {"redis_url", "key"} & flags.keys():
+            settings |= {"key": f"key of {name}", "manager_url": flags.get("manager_url", self.router.url)}
+            with self._credentials.open("a") as file:
+                file.write(f'["{name}"]\nsha256 = ["{_digest_of(name)}"]\n')
         self.workers.append(self.add(name, "worker.service", settings))
         return self.workers[-1]
 
@@ -212,3 +223,7 @@ class Fleet:
         role = Role(self, name, module, flags, self._env)
         self._everything.append(role)
         return role
+
+
+def _digest_of(name: str) -> str:
+    return hashlib.sha256(f"key of {name}".encode()).hexdigest()

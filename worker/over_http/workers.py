@@ -28,10 +28,13 @@ class HttpWorkers:
         self._held = held
         self._failed: set[int] = set()
         """Shards of which the last call for control messages failed."""
+        self._read_to: dict[tuple[int, SessionId], str] = {}
+        """By shard and session: up to where control messages were read."""
 
     async def join(self, session_id: SessionId) -> set[int]:
         """As :meth:`broker.Workers.join`, of a session that is registered."""
         self._held.session_id = session_id
+        self._read_to.clear()
         return self.unjoined
 
     async def join_on(self, shard: int, session_id: SessionId) -> None:
@@ -78,10 +81,9 @@ class HttpWorkers:
         """As :meth:`broker.Workers.renewer_apart`."""
         return HttpRenewer(RouterCalls(self._addresses))
 
-    async def reconcile_leases(
-        self, shard: int, session_id: SessionId, seq: int, leases: Sequence[Lease], read_to: str = "0"
-    ) -> set[str]:
+    async def reconcile_leases(self, shard: int, session_id: SessionId, seq: int, leases: Sequence[Lease]) -> set[str]:
         """As :meth:`broker.Workers.reconcile_leases`."""
+        read_to = self._read_to.get((shard, session_id), "0")
         message = {"shard": shard, "after": read_to, "seq": seq, "leases": tokens_of(leases)}
         lost = (await self._calls.ask(f"/sessions/{session_id}/reconcile", message, Reconciled)).lost
         return {lease.attempt_id for lease in leases if lease.job.reply_to in lost}
@@ -100,6 +102,7 @@ class HttpWorkers:
         self._failed.add(shard)
         answer = await self._claim(session_id, call, wait_s=wait_ms / 1000)
         self._failed.discard(shard)
+        self._read_to[(shard, session_id)] = after
         return [(message.id, self._control(message)) for message in answer.messages]
 
     async def _claim(self, session_id: SessionId, call: dict[str, Any], *, wait_s: float = 0.0) -> ClaimAnswer:

@@ -68,7 +68,8 @@ async def _reconciles(kit: WorkerKit) -> None:
     await asyncio.sleep(1.0)
     kit.router.refusals.clear()
     await kit.until(lambda: len(seen.reconciles) > before, "it reconciles after claims have failed", limit_s=20.0)
-    named = kit.router.seen.reconciles[-1].leases
+    require(seen.reconciles[-1].after != "0", "its reconcile does not say which messages it has read")
+    named = seen.reconciles[-1].leases
     require(
         {kept.last.lease, lost.last.lease} <= set(named), f"its reconcile names {len(named)} leases; it runs two jobs"
     )
