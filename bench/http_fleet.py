@@ -1,8 +1,8 @@
 """A hundred workers over HTTP at one Router, beside a hundred at Redis. ``python -m bench.http_fleet``.
 
 The workers are sessions in this process, which is not counted: each joins, renews its leases, is parked, and answers
-what it is given at once. Measured: memory and CPU of Router and Redis while nothing happens, and how long a lone request
-takes from its client to a worker and back.
+what it is given at once. Measured: memory and CPU of Router and Redis while nothing happens, and how long a lone
+request takes from its client to a worker and back.
 """
 
 from __future__ import annotations

@@ -97,6 +97,7 @@ class Attempt(threading.Thread):
             reason = self.answer()
             if self.stopped == "handed_back" or (reason and not self.stopped):
                 kind = self.stopped or "spent"
+                self.session.spent_at = time.monotonic()
                 self.tell("release", {"kind": kind, "reason": reason or "its worker stops"})
         except Refused as refusal:
             self.session.refused(refusal)
@@ -190,7 +191,7 @@ class Session:
         self.attempts: dict[str, Attempt] = {}
         self.pools: list[dict[str, Any]] = []
         self.changed, self.ping, self.over = threading.Event(), threading.Event(), threading.Event()
-        self.seq, self.turn, self.after = 0, 0, "0"
+        self.seq, self.turn, self.after, self.spent_at = 0, 0, "0", -10.0
 
     def run(self) -> None:
         """Work until stopping or over."""
@@ -245,7 +246,9 @@ class Session:
 
     def poll(self, n: int, *, claim: bool) -> None:
         """Claim and listen: long while nothing runs, else briefly, as slots become free."""
-        hold_s = 0.3 if self.attempts or stopping.is_set() else 20.0
+        # A job whose attempt was spent here comes back after 2 s, and nothing wakes us for it.
+        busy = self.attempts or stopping.is_set() or time.monotonic() - self.spent_at < 4.0
+        hold_s = 0.3 if busy else 20.0
         shard = self.pools[0]["shard"] if self.pools else 0
         message: dict[str, Any] = {"shard": shard, "after": self.after, "wait_ms": int(hold_s * 1000)}
         if claim:

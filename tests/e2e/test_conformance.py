@@ -16,7 +16,7 @@ from inferq.conformance.router_rules import ROUTER_RULES
 from inferq.conformance.scorecard import Result, check_rule
 from inferq.conformance.worker_kit import worker_kit
 from inferq.conformance.worker_rules import WORKER_RULES
-from tests.support.example_worker import WORKERS, build_go_worker, program
+from tests.support.example_worker import WORKERS, example_command
 from tests.support.fleet import Fleet
 from tests.support.servers import Server
 
@@ -36,24 +36,10 @@ async def scorecard(command: Sequence[str], folder: Path) -> list[Result]:
     return [result for results in found for result in results]
 
 
-def go_worker(folder: Path) -> list[str]:
-    """The example in Go, built."""
-    return [str(build_go_worker(folder))]
-
-
-def node_worker(_folder: Path) -> list[str]:
-    """The example for Node."""
-    return [program("node", "nodejs"), str(WORKERS / "worker.mjs")]
-
-
 @pytest.mark.parametrize("kind", ["ours", "python", "node", "go"])
 async def test_a_worker_keeps_every_rule(tmp_path: Path, kind: str) -> None:
     """All that is checked holds; only what a worker leaves out (offers) may be left unchecked."""
-    commands = {
-        "python": [sys.executable, str(WORKERS / "worker.py")],
-        "ours": [sys.executable, "-m", "inferq", "worker"],
-    }
-    command = commands.get(kind) or (go_worker if kind == "go" else node_worker)(tmp_path)
+    command = [sys.executable, "-m", "inferq", "worker"] if kind == "ours" else example_command(kind, tmp_path)
     results = await scorecard(command, tmp_path)
     assert [f"{one.name}: {one.problem}" for one in results if one.problem and one.checked] == []
     assert len(results) == len(WORKER_RULES)

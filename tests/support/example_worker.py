@@ -1,4 +1,4 @@
-"""The example worker in Go beside an engine of its own, as a process of a fleet."""
+"""The example workers, each beside an engine of its own, as processes of a fleet."""
 
 from __future__ import annotations
 
@@ -33,6 +33,15 @@ def build_go_worker(folder: Path) -> Path:
         [go, "build", "-o", str(built), "worker.go"], cwd=WORKERS, env=env, check=True, timeout=BUILD_LIMIT_S
     )
     return built
+
+
+def example_command(language: str, folder: Path) -> list[str]:
+    """What starts the example worker in ``python``, ``node`` or ``go``."""
+    if language == "go":
+        return [str(build_go_worker(folder))]
+    if language == "node":
+        return [program("node", "nodejs"), str(WORKERS / "worker.mjs")]
+    return [sys.executable, str(WORKERS / "worker.py")]
 
 
 class ExampleWorker:

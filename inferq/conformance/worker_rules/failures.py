@@ -71,6 +71,7 @@ async def _router_restarts(kit: WorkerKit) -> None:
 
 async def _router_leaves(kit: WorkerKit) -> None:
     kit.router.refusals["claim"] = (503, "shutting_down")
+    kit.queue.tell("wake")  # what is held is answered still
     before = kit.router.seen.calls["claim"]
     await asyncio.sleep(1.5)
     asked = kit.router.seen.calls["claim"] - before
