@@ -1,8 +1,9 @@
 -- Leases up to n jobs to a worker, or parks it.
 -- ARGV: prefix, session id, seq, turn, n, offer (jobs that may be handed to the worker while it is parked, those of this
---       claim included), received (jobs handed to it so far, as it counts), attempt id base, park_ms, region ('' for none),
---       number of the engine's cache in this session (it rises as that forgets), slots in all,
---       the most slots that it may have, then pairs: pool, lanes (comma separated).
+--       claim included), received (jobs handed to it so far, as it counts), attempt id base, park_ms, region ('' for none;
+--       behind a = for a worker that takes only what waits for its region), number of the engine's cache in this session
+--       (it rises as that forgets), slots in all, the most slots that it may have, then pairs: pool, lanes (comma
+--       separated).
 -- Reply: {'fenced'} if the session was declared dead (or never joined); else {'ok', parked (1 or 0), jobs handed to it so
 --       far, jobs that may be handed to it still, job, ...}, each job {id, envelope, epoch, attempt id, attempt,
 --       remaining_ms, waited_ms, suspect (1 or 0), predicted wait as it came (ms, or '')}. With fewer than n jobs the worker
@@ -16,7 +17,8 @@
 
 local session_id, seq, worker_turn, wanted = ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
 local offer, received = tonumber(ARGV[6]), tonumber(ARGV[7])
-local attempt_base, park_ms, region = ARGV[8], tonumber(ARGV[9]), ARGV[10]
+local attempt_base, park_ms, region = ARGV[8], tonumber(ARGV[9]), string.match(ARGV[10], '^=?(.*)')
+local takes_others = region == ARGV[10]
 local cache, slots, capacity = cache_of(session_id, ARGV[11]), tonumber(ARGV[12]), tonumber(ARGV[13])
 local MAX_SKIPPED = 64
 local MAX_BYTES = 8 * 1024 * 1024 -- of envelopes in one reply
@@ -64,7 +66,7 @@ for i = 14, #ARGV, 2 do
   for lane in string.gmatch(ARGV[i + 1], '[^,]+') do
     local key = ARGV[i] .. ':' .. lane
     shared_keys[key] = true
-    local_keys[#local_keys + 1] = key
+    if takes_others then local_keys[#local_keys + 1] = key end
     if region ~= '' then local_keys[#local_keys + 1] = key .. '@' .. region end
   end
 end
@@ -161,7 +163,8 @@ end
 -- A job of a queue key, or of this worker's region there, in turns.
 local function take_at(key, turn)
   local own, is_own_first = key .. '@' .. region, REGION_FIRST[turn % #REGION_FIRST + 1]
-  for _, at in ipairs(region == '' and { key } or is_own_first and { own, key } or { key, own }) do
+  local order = region == '' and { key } or not takes_others and { own } or is_own_first and { own, key } or { key, own }
+  for _, at in ipairs(order) do
     if skipped < MAX_SKIPPED and waiting(at) > 0 then
       local job, start = take(at)
       if job then return job, start end
@@ -193,7 +196,7 @@ while #held < wanted and #pools > 0 and given_bytes < MAX_BYTES do
   job.owner, job.queue, job.entry, job.charged = session_id, '', '', '0'
   if not start then correct(job, tonumber(job.cost)) end
   job.charged = exact(charge_of(job)) .. waited_for
-  note_start(job, now, region)
+  note_start(job, now, ARGV[10])
   transition(job, 'leased')
   if job.persisted == '1' then call('HSETNX', P .. 'job:' .. job.id, 'started', int(now)) end
   gather('HSET', P .. 'leases:' .. session_id, job.id, job.epoch)
@@ -232,5 +235,5 @@ if last[8] then call('HDEL', claimed_key, 'full') end
 answer[2], answer[4] = parked_at and 1 or 0, free
 call('HSET', claimed_key, 'seq', seq, 'jobs', table.concat(held, ' '), 'free', int(free), 'cache', ARGV[11],
   'slots', ARGV[12], 'capacity', ARGV[13], unpack(parked_at and { 'parked', parked_at } or {}))
-if region ~= '' then call('HSET', claimed_key, 'region', region) end
+if region ~= '' then call('HSET', claimed_key, 'region', ARGV[10]) end
 return write_counters_and_return(answer)

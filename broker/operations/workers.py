@@ -89,6 +89,7 @@ class Workers:
         pools: Sequence[tuple[Pool, Sequence[Lane]]],
         region: str = "",
         *,
+        others: bool = True,
         offer: int = 0,
         received: int = 0,
         cache: int = 0,
@@ -100,7 +101,8 @@ class Workers:
 
         ``seq`` rises with every new claim: the same one again answers the same leases. ``turn`` is how many jobs the
         worker has claimed so far on the shard; it decides which lane goes first. ``region`` is the worker's: it claims
-        that region's jobs and those of none first, others once they have waited ``remote_after_ms``.
+        that region's jobs and those of none first, others once they have waited ``remote_after_ms``; without
+        ``others`` that region's alone, as long as they wait for it.
 
         A parked worker that makes an ``offer`` is handed new jobs without another claim, as control messages of kind
         ``JOB``: up to ``offer``, what this claim gives included. ``received`` is how many of these the session has
@@ -115,7 +117,7 @@ class Workers:
             wanted += (encode_name(pool), ",".join(lanes))
         reply = await self._caller.script(
             "claim", keys.budget, keys.prefix, session_id, seq, turn, n, offer, received, random_hex()[:12], PARK_MS,
-            encode_name(region), cache, slots, capacity, *wanted,
+            encode_name(region) if others else f"={encode_name(region)}", cache, slots, capacity, *wanted,
         )  # fmt: skip
         if reply[0] == b"fenced":
             raise Fenced(f"{session_id} was declared dead: join again as a new session_id")

@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from queue_schemas import BadMessage, CannotStart, Lane, PermissionRefused
 from queue_schemas.fleet.messages import MAX_SLOTS
@@ -29,6 +29,7 @@ class WorkerScope(BaseModel):
     models: tuple[str, ...] = Field(default=("*",), description="what it may serve; a * at the end stands for any rest")
     lanes: tuple[Lane, ...] = LANES
     region: str | None = None
+    others: bool = Field(default=True, description="whether it may run jobs of other regions, and those of none")
     workers: int = Field(default=1, ge=1, le=MAX_WORKERS, description="how many may use it at the same time")
     slots: int = Field(default=256, ge=1, le=MAX_SLOTS, description="jobs that one of them may hold on a shard")
 
@@ -47,6 +48,12 @@ class WorkerScope(BaseModel):
             return None if value is None else check_region(value)
         except BadMessage as error:
             raise ValueError(error.message) from error
+
+    @model_validator(mode="after")
+    def _names_its_region(self) -> Self:
+        if not self.others and not self.region:
+            raise ValueError("others = false needs a region, whose jobs are all that it runs")
+        return self
 
     @classmethod
     def unlimited(cls) -> Self:

@@ -284,6 +284,7 @@ class WorkerService:
             n,
             [(Pool(pool.pool), pool.lanes) for pool in claim.pools],
             claim.region,
+            others=scope.others,
             offer=offer,
             received=claim.received,
             cache=claim.cache,

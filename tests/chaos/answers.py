@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 from tests.support.traffic import Outcome, check_text
 from worker.engines.simulated.api.answers import embedding
+from worker.engines.simulated.simulation import engine_mark
 from worker.engines.simulated.tokens import count_tokens
 
 from .history import Request
+from .plan import EXAMPLE_WORKER
 from .workload import GARBAGE, MALFORMED, MODEL, POISON, name_of, prompt_of, request_id, text_of
 
 DIMENSIONS = 16
@@ -21,6 +23,8 @@ DIMENSIONS = 16
 LOSS, DUPLICATE, SPLICE = "no loss", "no duplicate", "no splice"
 ISOLATION, POISON_BOUND, IDEMPOTENCY = "isolation", "poison bound", "idempotency"
 REUSED, SERVER_ERROR = 422, 500
+BEGINS_ANEW = f"-{engine_mark(EXAMPLE_WORKER)}"
+"""In the ids of answers from the engine whose worker cannot continue a stream."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +57,11 @@ def _canary(request: Request) -> WrongAnswer | None:
 
 
 def _wrong_tries(request: Request) -> WrongAnswer | None:
-    """One key is one job: every retry gets the beginning, or all, of the same answer."""
+    """One key is one job: every retry gets the beginning, or all, of the same answer. Its id is that of the attempt
+    whose beginning is kept: it changes where a worker begins anew that cannot continue."""
     ids = {*request.ids, *(one for attempt in request.tries for one in attempt["ids"])}
-    if request.key and len(ids) > 1:
+    begun_anew = any(BEGINS_ANEW in one for one in ids)
+    if request.key and len(ids) > 1 and not begun_anew:
         return WrongAnswer(IDEMPOTENCY, f"{len(ids)} answers under one key: {', '.join(sorted(ids))}")
     if request.reused and request.reused < SERVER_ERROR and request.reused != REUSED:
         return WrongAnswer(IDEMPOTENCY, f"another body under the same key got status {request.reused}")

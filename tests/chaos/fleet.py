@@ -31,7 +31,7 @@ from .answers import DIMENSIONS
 from .clients import Clients
 from .explanations import MAX_ATTEMPTS
 from .history import History
-from .plan import ALL_WORKERS, LEASE_S, MANAGERS, REDIS_WORKERS, ROUTERS, SWEEP_S, WORKERS, Fault
+from .plan import ALL_WORKERS, EXAMPLE_WORKER, LEASE_S, MANAGERS, REDIS_WORKERS, ROUTERS, SWEEP_S, WORKERS, Fault
 from .workload import TENANTS
 
 SLOTS = 8
@@ -203,7 +203,7 @@ def _add_worker(fleet: ChaosFleet, number: int) -> None:
 
 def _add_example(fleet: ChaosFleet, folder: Path) -> None:
     """The worker in Go, as the last one."""
-    name, port = f"worker-{ALL_WORKERS}", fleet.base.ports.take()
+    name, port = EXAMPLE_WORKER, fleet.base.ports.take()
     options: list[object] = ["--host", "127.0.0.1", "--port", port, "--model", MODEL, "--mode", "echo", "--name", name]
     for option, value in _ENGINE.items():
         options += [f"--{option.replace('_', '-')}", value]

@@ -19,6 +19,8 @@ WORKERS, ROUTERS, MANAGERS = 3, 2, 2
 REDIS_WORKERS = 2
 """Workers at Redis; the others have the queue over HTTP, as has one more, which is in Go."""
 ALL_WORKERS = WORKERS + 1
+EXAMPLE_WORKER = f"worker-{ALL_WORKERS}"
+"""The one in Go: it begins a stream anew where ours go on behind what was said."""
 LEASE_S, SWEEP_S = 3.0, 0.2
 """The fleet's lease, and how often the Manager sweeps."""
 CALM_S = 2.0

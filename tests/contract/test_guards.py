@@ -14,7 +14,19 @@ import pytest
 
 from broker import Broker
 from broker.redis.scripts import load_scripts
-from queue_schemas import Fenced, Job, Lane, Lease, MarkerKind, Outcome, Settled, State, WaitTooLong, new_session_id
+from queue_schemas import (
+    ControlKind,
+    Fenced,
+    Job,
+    Lane,
+    Lease,
+    MarkerKind,
+    Outcome,
+    Settled,
+    State,
+    WaitTooLong,
+    new_session_id,
+)
 from queue_schemas.keys import ShardKeys, queue_key
 from tests.support.queue import MODEL, Puller, answer_frame, make_job
 
@@ -392,6 +404,30 @@ async def a_region_has_its_own_yield(scene: Scene) -> None:
     assert await _asked(scene) == 0
 
 
+async def no_others_are_taken(scene: Scene) -> None:
+    """By a worker that may run its region's jobs alone: not even while it is free."""
+    worker = await Puller(scene.broker, region="eu", others=False).join()
+    await scene.broker.jobs.enqueue(make_job())
+    assert await worker.claim(1) == []
+
+
+async def no_others_are_announced(scene: Scene) -> None:
+    """To such a worker: whom they are for would not hear of them."""
+    worker = await Puller(scene.broker, region="eu", others=False).join()
+    await worker.claim(1)
+    await scene.broker.jobs.enqueue(make_job())
+    assert await worker.control_messages() == []
+
+
+async def no_others_are_yielded_to(scene: Scene) -> None:
+    """By such a worker."""
+    worker = await Puller(scene.broker, region="eu", others=False).join()
+    await scene.broker.jobs.enqueue(make_job(lane=Lane.BATCH, yields=1, region="eu", remote_after_ms=60_000))
+    await worker.claim_one()
+    await scene.broker.jobs.enqueue(make_job())
+    assert ControlKind.YIELD not in [message.kind for message in await worker.control_messages()]
+
+
 async def what_has_ended_is_not_asked(scene: Scene) -> None:
     """Nor does it stand in the way of what may yield."""
     first = await _line(scene)
@@ -573,6 +609,9 @@ GUARDS: list[tuple[Scenario, Rewrite]] = [
     (nobody_makes_a_control_stream, Rewrite("handoff", "'NOMKSTREAM', '*', 'k', 'job'", "'*', 'k', 'job'")),
     (only_interactive_jobs_have_others_yield, Rewrite("preemption", ":interactive(", ":[^:@]*(")),
     (a_region_has_its_own_yield, Rewrite("preemption", "pool .. region, int", "pool, int")),
+    (no_others_are_taken, Rewrite("claim", "or not takes_others and { own }", "")),
+    (no_others_are_announced, Rewrite("claim", "if takes_others then local_keys", "if true then local_keys")),
+    (no_others_are_yielded_to, Rewrite("preemption", "if kind ~= '=' then", "if true then")),
     (lower_lanes_keep_their_part, Rewrite("preemption", "lower * LOWER_PART <=", "lower * 99 <=")),
     (one_yields_for_each_that_waits, Rewrite("preemption", ">= waiting(", "< 0 * waiting(")),
     (an_attempt_is_asked_once, Rewrite("preemption", "mark(job, 'ZADD', int(-now), id)", "")),

@@ -233,6 +233,21 @@ async def test_a_job_of_a_region_has_an_attempt_there_yield(broker: Broker, clie
     assert await client.zcard(KEYS.yieldable(MODEL)) == 1
 
 
+@pytest.mark.parametrize("handed_over", [False, True], ids=["claimed", "handed over"])
+async def test_who_takes_no_others_yields_to_its_region_alone(broker: Broker, client: Any, handed_over: bool) -> None:
+    """A slot that becomes free there is none for a job of no region."""
+    worker = await Puller(broker, region="eu", others=False).join()
+    await worker.claim(1, offer=int(handed_over))
+    await broker.jobs.enqueue(replace(line(), region="eu", remote_after_ms=60_000))
+    (lease,) = await worker.handed() if handed_over else await worker.claim(1)
+    await broker.jobs.enqueue(make_job())
+    assert await asked(worker) == []
+    await broker.jobs.enqueue(make_job(**EU))
+    assert await asked(worker) == [lease.attempt_id]
+    await broker.attempts.settle(lease, Outcome.DONE)
+    assert not await client.exists(KEYS.yieldable(MODEL), KEYS.yieldable(MODEL, "eu"))
+
+
 async def test_a_line_that_goes_on_in_another_region_is_asked_there(broker: Broker) -> None:
     """By where it runs, not by where it ran."""
     here, yielding = await regional(broker, "eu")

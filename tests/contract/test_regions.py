@@ -141,6 +141,29 @@ async def test_jobs_of_no_region_are_anybodys(broker: Broker) -> None:
     assert [(await worker.claim_one()).job for worker in workers] == jobs
 
 
+async def test_a_worker_that_takes_no_others_runs_its_region_s_jobs_alone(broker: Broker) -> None:
+    """Neither a job of no region, nor one of another, nor one of its own that is anybody's: it is not woken or handed
+    one, and claims none."""
+    worker = await Puller(broker, region="eu", others=False).join()
+    assert await worker.claim(2, offer=2) == []
+    lost, opened = job_of("eu"), job_of("eu", 1)
+    await enqueue_all(broker, [make_job(), job_of("us"), job_of("us", 0), job_of("eu", 0)])
+    assert await worker.control_messages() == []
+    await broker.jobs.enqueue(lost)
+    (lease,) = await worker.handed()
+    assert lease.job == lost
+    await broker.attempts.release(lease, "for a test", counted=False, avoid_ms=0)
+    assert await worker.claim(2) == []
+    await enqueue_all(broker, [opened])
+    assert WAKE in await worker.control_messages(), "it waits for the region still"
+    anybody = await joined(broker, "")
+    assert len(await anybody.claim(8)) == 4
+    await sweep_until_woken(broker, anybody)
+    assert await worker.claim(2) == []
+    await broker.jobs.enqueue(own := job_of("eu"))
+    assert (await worker.claim_one()).job == own
+
+
 async def test_the_order_of_places_is_that_of_the_contract(broker: Broker) -> None:
     """Lane by lane, what is of the worker's region and what is anybody's take turns as in ``lanes.region_first``."""
     turns = 4 * LANE_CYCLE

@@ -86,6 +86,7 @@ class Puller:
     seq: int = 0
     turn: int = 0
     region: str = ""
+    others: bool = True
     received: int = 0
     """Jobs that it was handed without a claim, and has read of."""
     _read_to: str = "0"
@@ -112,7 +113,7 @@ class Puller:
         pools = [(Pool(model), lanes) for model in models]
         claimed = await self.broker.workers.claim(
             self.shard, self.session_id, self.seq, self.turn, n, pools, self.region,
-            offer=offer, received=self.received, slots=slots or offer, capacity=capacity,
+            others=self.others, offer=offer, received=self.received, slots=slots or offer, capacity=capacity,
         )  # fmt: skip
         self.turn += len(claimed.leases)
         return list(claimed.leases)

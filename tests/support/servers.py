@@ -68,15 +68,29 @@ class Certificates:
         ca, ca_key, cert, key, request = (folder / name for name in ("ca.crt", "ca.key", "s.crt", "s.key", "s.csr"))
         names = folder / "names"
         names.write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\n")
-        new_key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-        for command in (
-            ["req", "-x509", *new_key, "-days", "2", "-subj", "/CN=tests-ca", "-keyout", ca_key, "-out", ca],
-            ["req", *new_key, "-subj", "/CN=localhost", "-keyout", key, "-out", request],
-            ["x509", "-req", "-in", request, "-CA", ca, "-CAkey", ca_key, "-CAcreateserial", "-days", "2",
-             "-extfile", names, "-out", cert],
-        ):  # fmt: skip
-            subprocess.run(["openssl", *map(str, command)], check=True, capture_output=True, timeout=30)
+        _openssl("req", "-x509", *_NEW_KEY, "-days", "2", "-subj", "/CN=tests-ca", "-keyout", ca_key, "-out", ca)
+        _openssl("req", *_NEW_KEY, "-subj", "/CN=localhost", "-keyout", key, "-out", request)
+        _openssl(
+            *("x509", "-req", "-in", request, "-CA", ca, "-CAkey", ca_key, "-CAcreateserial", "-days", "2"),
+            *("-extfile", names, "-out", cert),
+        )
         return cls(ca, cert, key)
+
+    def of_client(self, name: str) -> Path:
+        """A client's certificate by the same authority, with its key in one file."""
+        key, request, cert, both = (self.ca.with_name(f"{name}.{kind}") for kind in ("key", "csr", "crt", "pem"))
+        _openssl("req", *_NEW_KEY, "-subj", f"/CN={name}", "-keyout", key, "-out", request)
+        ca = ("-CA", self.ca, "-CAkey", self.ca.with_name("ca.key"), "-CAcreateserial")
+        _openssl("x509", "-req", "-in", request, *ca, "-days", "2", "-out", cert)
+        both.write_text(cert.read_text() + key.read_text())
+        return both
+
+
+_NEW_KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+
+
+def _openssl(*args: object) -> None:
+    subprocess.run(["openssl", *map(str, args)], check=True, capture_output=True, timeout=30)
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import ssl
 import time
 from collections.abc import Mapping
@@ -43,6 +44,9 @@ _NO_SUCH_PAGE = frozenset({404, 405})
 IDLE_TIMEOUT_S = 45.0
 """A session connection carries a byte every 15 s; one without for so long is dead."""
 _MAX_ANSWER_BYTES = 8 << 20
+_TITLE = re.compile(rb"<title>([^<\r\n]{1,100})</title>", re.IGNORECASE)
+_PAGE_BYTES = 2_048
+"""Of a proxy's page: where its title has to be."""
 _REFUSALS: Mapping[str, type[InferqError]] = {kind.code: kind for kind in (Fenced, PermissionRefused, WorkerIdTaken)}
 _Answer = TypeVar("_Answer", bound=BaseModel)
 
@@ -186,7 +190,7 @@ def _refusal(status: int, content: bytes, url: str, unknown: frozenset[int]) -> 
         error = json.loads(content)["error"]
         code, message = str(error["code"]), str(error["message"])
     except (ValueError, KeyError, TypeError, RecursionError):
-        code, message = "", f"{url} answers {status}: is it the right URL?"
+        code, message = "", f"{url} answers {status}{_title(content)}: is it the right URL?"
     if code == UnknownWorker.code or status in unknown:
         return UnknownWorker(message)
     if status == AuthenticationFailed.status:
@@ -197,3 +201,9 @@ def _refusal(status: int, content: bytes, url: str, unknown: frozenset[int]) -> 
     if code in _REFUSALS and status == _REFUSALS[code].status:
         return _REFUSALS[code](message)
     return BadRequest(message) if code and status in (400, 413, 422) else ManagerUnavailable(message)
+
+
+def _title(page: bytes) -> str:
+    """That of a proxy's page, in brackets: it tells a client certificate that is missing from a wrong URL."""
+    found = _TITLE.search(page, 0, _PAGE_BYTES)
+    return f" ({found[1].decode('utf-8', 'replace').strip()})" if found else ""

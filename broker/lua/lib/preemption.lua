@@ -1,7 +1,8 @@
 -- Preemption: interactive jobs that find no free slot have attempts of lower lanes yield. ``yieldable:<pool>``: running
 -- jobs whose attempt may yield, by its start (queue ms), or, once it was asked, by minus the time of that; those at workers
 -- of a region stand in ``yieldable:<pool>@<region>`` as well. Decides as scheduling/preemption.py does. ``resume`` of a job
--- that may yield is ``y`` and how often it may still, and with an attempt at a worker of a region ``@<region>``.
+-- that may yield is ``y`` and how often it may still, and with an attempt at a worker of a region ``@<region>``, or
+-- ``=<region>`` at one that takes only that one's jobs and so stands in its set alone.
 -- uses: records, counters, finish, suspicion
 
 local ASK_AGAIN_MS = 2000
@@ -14,14 +15,15 @@ end
 
 -- Writes to the sets in which an attempt at a job stands.
 local function mark(job, command, ...)
-  local sets, region = P .. 'yieldable:' .. job.pool, string.match(job.resume, '@.*')
-  for _, set in ipairs({ sets, region and sets .. region }) do call(command, set, ...) end
+  local set, kind, region = P .. 'yieldable:' .. job.pool, string.match(job.resume, '([@=])(.*)')
+  if kind ~= '=' then call(command, set, ...) end
+  if kind then call(command, set .. '@' .. region, ...) end
 end
 
--- ``region``: of the worker, or ''. The job's record has to be saved.
+-- ``region``: of the worker as its claims say it, or ''. The job's record has to be saved.
 local function note_start(job, now, region)
   if yields_left(job) == 0 or is_suspect(job) then return end
-  job.resume = string.match(job.resume, '^y%d+') .. (region == '' and '' or '@' .. region)
+  job.resume = string.match(job.resume, '^y%d+') .. string.gsub(region, '^[^=]', '@%0')
   mark(job, 'ZADD', int(now), job.id)
 end
 

@@ -52,6 +52,11 @@ REMEMBERED_ANSWERS = 1024
 REMEMBERED_BODY_BYTES = 8192
 
 
+def engine_mark(name: str) -> str:
+    """What the ids of an engine's answers begin with, behind their kind: so they tell which engine gave them."""
+    return hashlib.sha256(name.encode()).hexdigest()[:8]
+
+
 class _Route(NamedTuple):
     method: str
     handle: Callable[[bytes], Reply | Run | AdapterLoad]
@@ -65,7 +70,7 @@ class Simulation:
         self._clock = clock
         self._started_at = clock()
         self._created = int(time.time())
-        self._salt = secrets.token_hex(8)
+        self._salt = engine_mark(settings.name) + secrets.token_hex(4)
         self._number = 0
         self._ordered: OrderedDict[bytes, int] = OrderedDict()
         self._failures: Counter[FailureKind] = Counter()

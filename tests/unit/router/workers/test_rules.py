@@ -39,6 +39,7 @@ def test_a_file_of_credentials_is_read() -> None:
         (f"[a]\nsha256 = ['{DIGEST}']\n[b]\nsha256 = ['{DIGEST}']\n", "has a key that"),
         ("[edge]\nworkers = 0", "workers"),
         ("[edge]\nlanes = ['fast']", "lanes"),
+        ("[edge]\nothers = false", "needs a region"),
     ],
 )
 def test_a_file_that_is_wrong_says_where(text: str, what: str) -> None:

@@ -74,6 +74,16 @@ async def test_a_registration_that_finds_nothing_is_no_manager(body: bytes) -> N
         await client.close()
 
 
+async def test_the_title_of_a_proxy_s_page_is_said() -> None:
+    """It tells a client certificate that is missing from a wrong URL."""
+    page = b"<html>\r\n<head><title>400 No required SSL certificate was sent</title></head>\r\n<body>...</body></html>"
+    async with answering(400, page) as url:
+        client = ManagerClient(Addresses([url]))
+        with pytest.raises(ManagerUnavailable, match=r"answers 400 \(400 No required SSL certificate was sent\)"):
+            await client.register(REGISTRATION)
+        await client.close()
+
+
 async def test_a_wrong_token_error_names_the_setting() -> None:
     """401: which URL refused, and which setting to correct."""
     async with answering(401, AuthenticationFailed("wrong").body()) as url:
