@@ -12,6 +12,8 @@ from .fields import MAX_BATCH, Count, Encoding, LeaseToken, Message, Millisecond
 MAX_SEQ = 2**31
 MAX_PIECES = 4_096
 MAX_REASON_LENGTH = 500
+MAX_RELEASES = 4_096
+"""Most attempts that one call releases: all that ran on an engine which crashed are in one."""
 
 Answer = Literal["ok", "duplicate", "fenced", "gone", "full"]
 """What becomes of what an attempt sent.
@@ -86,7 +88,7 @@ class Release(Message):
 class ReleaseCall(Message):
     """``POST /worker/v1/sessions/{session_id}/release``."""
 
-    attempts: list[Release] = Field(max_length=MAX_BATCH)
+    attempts: list[Release] = Field(max_length=MAX_RELEASES)
 
 
 class Answers(Message):

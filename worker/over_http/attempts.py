@@ -11,7 +11,7 @@ from broker import Undelivered
 from broker.batching import MAX_BATCH_BYTES, MAX_BATCH_ITEMS, Batcher
 from queue_schemas import CONTINUED, HEAD, Frame, Job, Lease, Outcome, Settled, unpack_frames
 from queue_schemas.worker_protocol.fields import MAX_BATCH
-from queue_schemas.worker_protocol.output import MAX_PIECES, MAX_REASON_LENGTH, Answers
+from queue_schemas.worker_protocol.output import MAX_PIECES, MAX_REASON_LENGTH, MAX_RELEASES, Answers
 
 from .calls import RouterCalls
 from .held_leases import HeldLeases
@@ -87,8 +87,10 @@ class HttpAttempts:
 
     async def report_crash(self, leases: Sequence[Lease], reason: str) -> list[Settled]:
         """As :meth:`broker.Attempts.report_crash`. Which job did it is found out among those of one call, so there is
-        but one."""
-        return [Settled(answer) for answer in await self._send("release", [_crashed(one, reason) for one in leases])]
+        but one, for as many as a call may have."""
+        ends = [_crashed(lease, reason) for lease in leases]
+        parts = [ends[start : start + MAX_RELEASES] for start in range(0, len(ends), MAX_RELEASES)]
+        return [Settled(answer) for part in parts for answer in await self._send("release", part)]
 
     async def clear_suspicion(self, lease: Lease) -> Settled:
         """As :meth:`broker.Attempts.clear_suspicion`."""

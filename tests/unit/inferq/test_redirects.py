@@ -22,12 +22,21 @@ from inferq.autoscale.settings import AutoscaleSettings
 from inferq.chat.client import Answer
 from inferq.client import RequestFailed
 from manager.probe import HttpWorkerProbe
-from queue_schemas import JOIN_TOKEN_HEADER, Heartbeat, InferqError, Registration, SessionId, WorkerId
+from queue_schemas import (
+    JOIN_TOKEN_HEADER,
+    BrokerUnavailable,
+    Heartbeat,
+    InferqError,
+    Registration,
+    SessionId,
+    WorkerId,
+)
 from router.composition import open_manager
 from telemetry.http.fabric_calls import FabricCall
 from tests.support.clients import RouterUser
 from worker.engines import EngineCall
 from worker.engines.http import HttpEngine
+from worker.over_http.calls import RouterCalls
 from worker.registration.addresses import Addresses
 from worker.registration.manager_client import ManagerClient
 
@@ -56,6 +65,13 @@ async def worker(url: str) -> None:
         with pytest.raises(InferqError, match="redirects"):
             await call
     await client.close()
+
+
+async def worker_over_http(url: str) -> None:
+    calls = RouterCalls(Addresses([url], {"authorization": "Bearer s3cret"}))
+    with pytest.raises(BrokerUnavailable, match="307"):
+        await calls.send("POST", f"/sessions/{RUN}/renew")
+    await calls.close()
 
 
 async def router(url: str) -> None:
@@ -142,7 +158,7 @@ async def redirecting() -> AsyncIterator[tuple[str, list[str], list[str]]]:
         await other.close()
 
 
-@pytest.mark.parametrize("client", [command, worker, router, batcher, probe, engine, autoscaler, kubernetes])
+@pytest.mark.parametrize("client", [command, worker, worker_over_http, router, batcher, probe, engine, autoscaler, kubernetes])
 async def test_no_credential_follows_a_redirect(client: Callable[[str], Awaitable[None]]) -> None:
     """[A6] Whoever answers 307 is left with an error; nobody else is asked."""
     async with redirecting() as (url, here, there):

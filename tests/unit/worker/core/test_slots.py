@@ -425,6 +425,18 @@ def test_a_parked_worker_is_handed_jobs_and_claims_when_its_offer_is_used_up() -
     assert (following.n, following.offer, following.received) == (1, 1, 2)
 
 
+def test_a_queue_that_takes_no_offer_is_not_asked_again_until_it_wakes_us() -> None:
+    """A Router may offer none of the slots for jobs: the worker is parked all the same, and waits for its wake."""
+    slots = ready_slots(2)
+    claim = slots.next_claim(0, 0.0)
+    assert claim is not None
+    slots.answered(claim, Claimed((), parked=True, handed_over=0, offered=0), 0.0)
+    assert slots.next_claim(0, 1.0) is None
+    assert slots.has_claim(0, PARK_AGAIN_S)
+    slots.wake(0)
+    assert slots.next_claim(0, 1.0) is not None
+
+
 def test_slots_are_offered_anew_when_more_are_free_than_offered() -> None:
     """So that the queue knows who is free, at the price of one claim for many jobs."""
     slots = ready_slots(4)
