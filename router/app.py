@@ -151,6 +151,7 @@ class RouterApp:
                 try:
                     await self.drain()
                 finally:
+                    self.services.workers.close()
                     for task in tasks:
                         task.cancel()
         await self.services.store.close(STORE_CLOSE_LIMIT_S)

@@ -266,6 +266,10 @@ class WorkerService:
             if (queue := self._link.queue) is not None:
                 await queue.workers.forget(session_id)
 
+    def close(self) -> None:
+        """End all calls that are held, and what is read for them."""
+        self.polls.close()
+
     async def _claim(
         self, queue: QueuePort, scope: WorkerScope, session_id: SessionId, shard: int, claim: Claim
     ) -> dict[str, Any]:

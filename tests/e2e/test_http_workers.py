@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import signal
@@ -10,11 +11,29 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from queue_schemas import (
+    END,
+    HEAD,
+    BrokerUnavailable,
+    EngineState,
+    Frame,
+    Heartbeat,
+    Lane,
+    ManagerUnavailable,
+    Outcome,
+    Pool,
+    Registration,
+    Settled,
+    new_session_id,
+)
 from tests.support.fleet import Fleet, Role
 from tests.support.load import DIMENSIONS, Load
 from tests.support.servers import Server
 from tests.support.sse import read_data
 from tests.support.waiting import eventually
+from worker.over_http.manager_client import HttpManagerClient
+from worker.over_http.queue import HttpQueue
+from worker.registration.addresses import Addresses
 
 TOKEN = "the fleet's"
 KEYS = ("first key", "second key", "third key")
@@ -56,7 +75,8 @@ async def fleet_of(
         for role in roles:
             role.process.start()
         await asyncio.gather(*(role.ready() for role in roles))
-        await fleet.until_served(workers)
+        if workers:
+            await fleet.until_served(workers)
         yield fleet
 
 
@@ -184,3 +204,66 @@ async def test_a_worker_that_may_not_do_what_it_asks_says_so_and_ends(tmp_path: 
         for role, sentence in cases:
             assert await role.ended() == 2
             assert sentence in role.process.log_tail(5)
+
+
+async def test_a_hundred_workers_go_on_when_their_router_is_restarted(tmp_path: Path, own_valkey: Server) -> None:
+    """Their sessions and leases stand: each finds the Router again by itself, and every one answers its job."""
+    async with fleet_of(tmp_path, own_valkey, workers=0) as fleet:
+        addresses = Addresses([fleet.router.url], {"x-inferq-join-token": TOKEN})
+        waiting = [asyncio.create_task(_answer_one_job(addresses, number)) for number in range(100)]
+
+        async def joined() -> bool:
+            workers = (await fleet.router.page("/fabric/v1/workers"))["workers"]
+            return len(workers) == 100
+
+        await eventually(joined, "all have joined", limit_s=20)
+        await fleet.router.restart()
+        await fleet.until_served(100)
+        url = f"{fleet.router.url}/v1/chat/completions"
+        body = {"model": "sim", "messages": [{"role": "user", "content": "hello"}]}
+
+        async def ask() -> int:
+            async with fleet.session.post(url, json=body) as answer:
+                await answer.read()
+                return answer.status
+
+        assert await asyncio.gather(*(ask() for _ in range(100))) == [200] * 100
+        assert await asyncio.gather(*waiting) == [True] * 100
+
+
+async def _answer_one_job(addresses: Addresses, number: int) -> bool:
+    """A worker that waits for one job, answers it and leaves; whether its session was the same all the time."""
+    session_id = new_session_id(f"one-of-many-{number}")
+    client, queue = HttpManagerClient(addresses), HttpQueue(addresses, 1)
+    status = {"session_id": session_id, "models": ["sim"], "slots": 1, "engine": EngineState.READY}
+    await client.register(Registration(worker_id=f"one-of-many-{number}", **status))
+    await queue.workers.join(session_id)
+    renewing = asyncio.create_task(_report(client, Heartbeat(**status)))
+    pools, after, seq = [(Pool("sim"), tuple(Lane))], "0", 1
+    try:
+        while True:
+            try:
+                leases = (await queue.workers.claim(0, session_id, seq, 0, 1, pools, slots=1, capacity=1)).leases
+                if leases:
+                    frame = Frame(
+                        leases[0].job.id, 1, leases[0].attempt_id, 0, HEAD | END, b"{}", 200, "application/json"
+                    )
+                    settled = await queue.attempts.settle(leases[0], Outcome.DONE, frame.pack())
+                    await queue.workers.leave(session_id)
+                    return settled is Settled.OK
+                for message_id, _ in await queue.workers.read_control(0, session_id, after, 5_000):
+                    after = message_id
+                seq += 1
+            except BrokerUnavailable:
+                await asyncio.sleep(0.2)
+    finally:
+        renewing.cancel()
+        await client.close()
+        await queue.close()
+
+
+async def _report(client: HttpManagerClient, heartbeat: Heartbeat) -> None:
+    while True:
+        with contextlib.suppress(ManagerUnavailable):
+            await client.heartbeat("", heartbeat)
+        await asyncio.sleep(0.4)

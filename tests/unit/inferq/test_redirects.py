@@ -158,7 +158,9 @@ async def redirecting() -> AsyncIterator[tuple[str, list[str], list[str]]]:
         await other.close()
 
 
-@pytest.mark.parametrize("client", [command, worker, worker_over_http, router, batcher, probe, engine, autoscaler, kubernetes])
+@pytest.mark.parametrize(
+    "client", [command, worker, worker_over_http, router, batcher, probe, engine, autoscaler, kubernetes]
+)
 async def test_no_credential_follows_a_redirect(client: Callable[[str], Awaitable[None]]) -> None:
     """[A6] Whoever answers 307 is left with an error; nobody else is asked."""
     async with redirecting() as (url, here, there):
