@@ -60,6 +60,7 @@ class RouterApp:
             services.link.run,
             services.canceller.run,
             self._sweep,
+            services.workers.keep_agreeing,
         ]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

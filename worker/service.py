@@ -25,7 +25,6 @@ from queue_schemas import (
     new_session_id,
 )
 from queue_schemas.addresses import is_loopback
-from queue_schemas.worker_protocol.messages import Joined
 from scheduling.slots import EngineLoad
 from telemetry import (
     MetricsRegistry,
@@ -170,8 +169,6 @@ class Worker:
         if self._queue is None:
             queue = self._queue = await self._open(answer)
             self.registry.watch_round_trips(lambda: queue.round_trips)
-        if isinstance(self._queue, HttpQueue) and isinstance(answer, Joined):
-            self._queue.workers.unjoined = set(answer.unjoined)
         return self._queue
 
     async def _open(self, answer: RegistrationAnswer) -> Queue:

@@ -55,7 +55,6 @@ type answer struct {
 	retryAfter float64 // seconds
 	Shards     int
 	IntervalMS int `json:"heartbeat_interval_ms"`
-	Unjoined   []int
 	Assignment assignment
 	Drain      bool
 	Claimed    struct {
@@ -269,7 +268,7 @@ func (s *session) serve() {
 		for n := len(s.shards); n < got.Shards; n++ {
 			at := &shard{number: n, after: "0", look: make(chan bool, 1)}
 			s.shards = append(s.shards, at)
-			start(func() { s.follow(at, len(got.Unjoined) > 0) })
+			start(func() { s.follow(at) })
 		}
 		if known, given := s.assigned, got.Assignment; known.Term != given.Term || known.Version != given.Version {
 			s.assigned = given
@@ -312,10 +311,7 @@ func (s *session) look(due bool) {
 }
 
 // follow claims the jobs of a shard, and does what its messages say.
-func (s *session) follow(at *shard, unjoined bool) {
-	if unjoined {
-		s.call(s.ctx, s.id+"/join", object{"shard": at.number}, nil)
-	}
+func (s *session) follow(at *shard) {
 	for held := make(chan answer, 1); s.ctx.Err() == nil; pause(s.ctx, 60, at.look) {
 		if len(held) > 0 {
 			at.isHeld, at.due = false, true // jobs are claimed after any message

@@ -131,10 +131,10 @@ class Session {
     const { signal } = this.over;
     while (!(await this.readEngine())) await sleep(1_000, undefined, { signal });
     let answer = await call("POST", "", this.status(), { signal });
-    const { shards, unjoined, heartbeat_interval_ms: intervalMs } = answer;
+    const { shards, heartbeat_interval_ms: intervalMs } = answer;
     log(`joined as ${this.id} with ${this.models.join(", ")}`);
     this.shards = Array.from({ length: shards }, (_, number) => newShard(number));
-    for (const shard of this.shards) this.start(this.follow(shard, unjoined.includes(shard.number)));
+    for (const shard of this.shards) this.start(this.follow(shard));
     for (;;) {
       const { term, version } = answer.assignment;
       if (term !== this.assignment.term || version !== this.assignment.version) {
@@ -184,8 +184,7 @@ class Session {
   }
 
   /** Claims the jobs of a shard, and does what its messages say. */
-  async follow(shard, unjoined) {
-    if (unjoined) await this.call("join", { shard: shard.number });
+  async follow(shard) {
     for (let held = null; ; ) {
       const looked = new Promise((resolve) => (shard.look = resolve));
       if (shard.lost) await this.reconcile(shard);

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from queue_schemas import Heartbeat, InferqError
 from queue_schemas.worker_protocol.encoding import MSGPACK, decode, encode, media_type_of
 from queue_schemas.worker_protocol.fields import WORKER_PREFIX
-from queue_schemas.worker_protocol.messages import ClaimCall, Decline, Join, JoinShard, LeaseCall, Reconcile
+from queue_schemas.worker_protocol.messages import ClaimCall, Decline, Join, LeaseCall, Reconcile
 from queue_schemas.worker_protocol.output import OutputCall, ReleaseCall, SettleCall
 
 from .scripted_queue import MODEL, ScriptedQueue, given
@@ -75,7 +75,6 @@ class ScriptedRouter:
         self._version = 0
         self._handlers: dict[str, Callable[[web.Request, bytes], Awaitable[dict[str, Any] | None]]] = {
             "sessions": self._on_sessions,
-            "join": self._on_join,
             "heartbeat": self._on_heartbeat,
             "renew": self._on_renew,
             "claim": self._on_claim,
@@ -185,12 +184,8 @@ class ScriptedRouter:
             "lease_ms": LEASE_MS,
             "heartbeat_interval_ms": HEARTBEAT_MS,
             "broker_url": "",
-            "unjoined": [],
             "assignment": self._assignment(join.models),
         }
-
-    async def _on_join(self, request: web.Request, body: bytes) -> None:
-        _read(request, body, JoinShard)
 
     async def _on_heartbeat(self, request: web.Request, body: bytes) -> dict[str, Any]:
         heartbeat = _read(request, body, Heartbeat)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from ..control import ControlKind
-from ..fleet.messages import MAX_MODELS, MAX_SHARDS, MAX_SLOTS, MAX_VERSION, Registration, RegistrationAnswer
+from ..fleet.messages import MAX_MODELS, MAX_SLOTS, MAX_VERSION, Registration, RegistrationAnswer
 from ..ids import MAX_NAME_BYTES
 from ..lanes import LANES, Lane
 from .fields import Count, LeaseToken, Message, Region, Shard
@@ -17,6 +17,15 @@ MAX_WAIT_MS = 30_000
 MAX_CLAIM = 32
 """Most jobs in one claim: their bodies come in one answer."""
 MAX_POSITION_LENGTH = 41
+_MAX_POSITION = 2**63
+"""Neither part of a stream's position comes near it; behind the greatest that Redis has, nothing could be written."""
+
+
+def _check_position(position: str) -> str:
+    if any(int(part) >= _MAX_POSITION for part in position.split("-")):
+        raise ValueError("no control message has such an id: send that of the last one that was read")
+    return position
+
 
 _Position = Annotated[
     str,
@@ -25,6 +34,7 @@ _Position = Annotated[
         pattern=r"^[0-9]{1,20}(-[0-9]{1,20})?$",
         description="the id of the last control message that was read; 0 at first",
     ),
+    AfterValidator(_check_position),
 ]
 
 
@@ -38,17 +48,9 @@ class Join(Registration):
 
 
 class Joined(RegistrationAnswer):
-    """The answer to a join. It names no broker. ``unjoined``: shards that did not answer; join these before claiming
-    there (``POST .../join``)."""
+    """The answer to a join. It names no broker."""
 
     broker_url: str = ""
-    unjoined: list[Shard] = Field(default_factory=list, max_length=MAX_SHARDS)
-
-
-class JoinShard(Message):
-    """``POST /worker/v1/sessions/{session_id}/join``: join a shard that did not answer at first."""
-
-    shard: Shard
 
 
 class ClaimedPool(Message):

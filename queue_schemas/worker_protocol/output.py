@@ -12,6 +12,7 @@ from .fields import MAX_BATCH, Count, Encoding, LeaseToken, Message, Millisecond
 MAX_SEQ = 2**31
 MAX_PIECES = 4_096
 MAX_REASON_LENGTH = 500
+MAX_CONTENT_TYPE_LENGTH = 1_000
 MAX_RELEASES = 4_096
 """Most attempts that one call releases: all that ran on an engine which crashed are in one."""
 
@@ -28,7 +29,7 @@ class Head(Message):
     """How an answer begins."""
 
     status: int = Field(ge=200, le=599)
-    content_type: str = Field(max_length=1_000)
+    content_type: str = Field(max_length=MAX_CONTENT_TYPE_LENGTH)
     continued: bool = Field(default=False, description="it goes on behind the job's prefix, rather than from the start")
     headers: dict[str, str] = Field(default_factory=dict, max_length=64)
 

@@ -15,7 +15,6 @@ from queue_schemas.worker_protocol.messages import (
     ClaimAnswer,
     ClaimCall,
     Decline,
-    JoinShard,
     LeaseCall,
     Reconcile,
     Reconciled,
@@ -115,10 +114,6 @@ class WorkerCalls:
             self._open_bytes -= taken
 
 
-async def _join(caller: Caller, message: JoinShard) -> None:
-    await caller.service.join_shard(caller.session_id, message.shard)
-
-
 async def _renew(caller: Caller, _: None) -> None:
     await caller.service.renew(caller.session_id)
 
@@ -156,7 +151,6 @@ async def _clear_suspicion(caller: Caller, message: LeaseCall) -> None:
 
 
 SESSION_CALLS: Mapping[str, SessionCall] = {
-    "join": SessionCall("Join a shard that did not answer", JoinShard, None, _join),
     "renew": SessionCall("Keep the session's leases", None, None, _renew, (400, 401, 403, 409, 429, 503)),
     "heartbeat": SessionCall(
         "Keep the session's leases, and tell how the worker is; answers its assignment",

@@ -24,6 +24,8 @@ from ..ports import ManagerPort, QueuePort
 from .rules import WorkerScope
 
 REGISTRY_CACHE_S = 1.0
+JOINING_S = 5.0
+"""How long after a worker asked to join it counts, listed or not."""
 
 
 class Registry:
@@ -52,6 +54,8 @@ class Membership:
         self._manager = manager
         self._join_token = join_token
         self._registry = registry
+        self._joining: dict[str, float] = {}
+        """When workers joined that the registry may not list yet."""
 
     async def register(
         self, queue: QueuePort, scope: WorkerScope, join: Join, request_id: str
@@ -86,7 +90,10 @@ class Membership:
     async def _check_count(self, queue: QueuePort, scope: WorkerScope, worker_id: str) -> None:
         if not scope.name:
             return
-        known = {info.worker_id for info in await self._registry.workers(queue)} - {worker_id}
+        listed = {info.worker_id for info in await self._registry.workers(queue)}
+        now = asyncio.get_running_loop().time()
+        self._joining = {other: at for other, at in self._joining.items() if at > now - JOINING_S}
+        known = (listed | self._joining.keys()) - {worker_id}
         others = sum(1 for other in known if other == scope.name or other.startswith(f"{scope.name}."))
         if others >= scope.workers:
             raise OverCapacity(
@@ -94,6 +101,7 @@ class Membership:
                 "its workers",
                 retry_after_s=10,
             )
+        self._joining[worker_id] = now
 
     async def _forward(self, method: str, path: str, body: str, request_id: str) -> Forwarded:
         if self._manager is None:

@@ -67,7 +67,8 @@ class Polls:
                 await asyncio.wait({task, ended}, timeout=max(until - loop.time(), 0), return_when="FIRST_COMPLETED")
                 if not task.done():
                     return ()
-                self._reads.pop(key, None)
+                if self._reads.get(key, ("", None))[1] is task:
+                    del self._reads[key]
                 if task.cancelled():  # the session has left
                     return ()
                 messages = task.result()

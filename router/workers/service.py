@@ -12,6 +12,7 @@ import secrets
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import Any
+from weakref import WeakValueDictionary
 
 from broker import Undelivered
 from openai_api.completions.whole_answer import MAX_PREFIX_BYTES
@@ -48,6 +49,7 @@ from .rules import WorkerScope
 
 MAX_OUTPUT_TOKENS = 131_072
 """No answer is believed to have cost more."""
+SECRET_INTERVAL_S = 5.0
 
 log = get_logger(__name__)
 
@@ -75,6 +77,8 @@ class WorkerService:
         self._tokens = LeaseTokens()
         self._signs_for: QueuePort | None = None
         self._max_answer_bytes = max_answer_bytes
+        self._claiming: WeakValueDictionary[tuple[int, SessionId], asyncio.Lock] = WeakValueDictionary()
+        """Held while a session claims on a shard."""
 
     def admit(self, scope: WorkerScope, session_id: str) -> SessionId:
         """The session that calls, if it is one of the credential's. Raises ``BadMessage`` and ``PermissionRefused``."""
@@ -92,13 +96,13 @@ class WorkerService:
         answer = await self._membership.register(queue, scope, join, request_id)
         if not isinstance(answer, RegistrationAnswer):
             return answer
-        unjoined = set() if join.again else await queue.workers.join(session)
-        log.info("worker_joined", worker=join.worker_id, session_id=session, unjoined=sorted(unjoined))
-        return answer.model_dump(mode="json") | {"broker_url": "", "unjoined": sorted(unjoined)}
-
-    async def join_shard(self, session_id: SessionId, shard: int) -> None:
-        """Join a shard that did not answer at first."""
-        await self._on(shard).workers.join_on(shard, session_id)
+        if not join.again and (unjoined := await queue.workers.join(session)):
+            # Other Routers, which the session may call next, do not know on which shards it is not yet.
+            await queue.workers.forget(session)
+            shards = ", ".join(map(str, sorted(unjoined)))
+            raise BrokerUnavailable(f"shards of the queue do not answer: {shards}; join again", retry_after_s=2)
+        log.info("worker_joined", worker=join.worker_id, session_id=session, again=join.again)
+        return answer.model_dump(mode="json") | {"broker_url": ""}
 
     async def renew(self, session_id: SessionId) -> None:
         """Keep the session's leases."""
@@ -153,7 +157,7 @@ class WorkerService:
         for place, output in enumerate(outputs):
             held = self._tokens.read(output.lease, session_id)
             frames = b"" if held is None else pack_output(held, output, ends=False)
-            if held is None or not await self._may_send(queue, held, len(frames)):
+            if held is None or not await self._may_send(queue, held, output):
                 answers[place] = "fenced"
             elif frames and held.lease.job.persisted:
                 kept.append((place, held.lease, frames))
@@ -185,11 +189,11 @@ class WorkerService:
             if held is None:
                 return "fenced"
             frames = pack_output(held, end, ends=True)
-            if not await self._may_send(queue, held, len(frames)):
+            if not await self._may_send(queue, held, end):
                 return "fenced"
-            most = held.body_bytes + OUTPUT_WEIGHT * min(held.sent_bytes, MAX_OUTPUT_TOKENS)
-            used = None if end.used is None else min(end.used, most)
-            run_ms = None if end.run_ms is None else min(end.run_ms, held.remaining_ms)
+            output_tokens = min(held.sent_bytes, MAX_OUTPUT_TOKENS) if held.seen_whole else MAX_OUTPUT_TOKENS
+            used = None if end.used is None else min(end.used, held.body_bytes + OUTPUT_WEIGHT * output_tokens)
+            run_ms = None if end.run_ms is None else min(end.run_ms, held.lease.job.ttl_ms)
             answer = await queue.attempts.settle(held.lease, end.outcome, frames, used=used, run_ms=run_ms)
             self._tokens.forget(end.lease)
             return answer.value
@@ -232,7 +236,7 @@ class WorkerService:
     async def decline(self, scope: WorkerScope, session_id: SessionId, call: Decline) -> None:
         """An attempt that was asked to yield runs on."""
         scope.check_region(call.region)
-        held = await self._held(session_id, call.lease)
+        held = await self._current(session_id, call.lease)
         await self._queue().attempts.decline_to_yield(held.lease, for_now=call.for_now, region=call.region)
 
     async def clear_suspicion(self, session_id: SessionId, token: str) -> None:
@@ -242,7 +246,7 @@ class WorkerService:
 
     async def delivered(self, session_id: SessionId, token: str) -> AsyncIterator[bytes]:
         """What is kept of a persisted job's output, in pieces."""
-        held = await self._held(session_id, token)
+        held = await self._current(session_id, token)
         queue = self._queue()
 
         async def pieces() -> AsyncIterator[bytes]:
@@ -266,6 +270,18 @@ class WorkerService:
             if (queue := self._link.queue) is not None:
                 await queue.workers.forget(session_id)
 
+    async def keep_agreeing(self) -> None:
+        """Agree on the secret again every few seconds: a server that lost its latest writes may have lost it."""
+        while True:
+            await asyncio.sleep(SECRET_INTERVAL_S)
+            queue = self._link.queue
+            if queue is None or self._signs_for is not queue:
+                continue  # it is agreed on when it is needed
+            try:
+                await self._agree(queue)
+            except BrokerUnavailable as error:
+                log.warning("lease_secret_not_read", error=error.message)
+
     def close(self) -> None:
         """End all calls that are held, and what is read for them."""
         self.polls.close()
@@ -277,24 +293,26 @@ class WorkerService:
         scope.check_lanes(lane for pool in claim.pools for lane in pool.lanes)
         scope.check_region(claim.region)
         n, offer = claim.n, claim.offer
-        if scope.name and (n or offer):
-            room = max(scope.slots - await queue.signed_leases.held(shard, session_id), 0)
-            n, offer = min(n, room), min(offer, room)
-        claimed = await queue.workers.claim(
-            shard,
-            session_id,
-            claim.seq,
-            claim.turn,
-            n,
-            [(Pool(pool.pool), pool.lanes) for pool in claim.pools],
-            claim.region,
-            others=scope.others,
-            offer=offer,
-            received=claim.received,
-            cache=claim.cache,
-            slots=min(claim.slots, scope.slots),
-            capacity=min(claim.capacity, scope.slots),
-        )
+        # One at a time, so that several do not find the same room.
+        async with self._claiming.setdefault((shard, session_id), asyncio.Lock()):
+            if scope.name and (n or offer):
+                room = max(scope.slots - await queue.signed_leases.held(shard, session_id), 0)
+                n, offer = min(n, room), min(offer, room)
+            claimed = await queue.workers.claim(
+                shard,
+                session_id,
+                claim.seq,
+                claim.turn,
+                n,
+                [(Pool(pool.pool), pool.lanes) for pool in claim.pools],
+                claim.region,
+                others=scope.others,
+                offer=offer,
+                received=claim.received,
+                cache=claim.cache,
+                slots=min(claim.slots, scope.slots),
+                capacity=min(claim.capacity, scope.slots),
+            )
         return {
             "jobs": [leased_job(lease, self._tokens.issue(session_id, lease)) for lease in claimed.leases],
             "parked": claimed.parked,
@@ -311,9 +329,9 @@ class WorkerService:
         optional = {"job_id": message.job_id, "attempt_id": message.attempt_id, "reason": message.reason}
         return fields | {name: value for name, value in optional.items() if value}
 
-    async def _may_send(self, queue: QueuePort, held: HeldLease, size: int) -> bool:
+    async def _may_send(self, queue: QueuePort, held: HeldLease, output: Output) -> bool:
         """Count what an attempt sends. One that sends more than an answer may have loses its job."""
-        held.sent_bytes += size
+        held.count(output.seq, output.data)
         if held.sent_bytes <= self._max_answer_bytes:
             return True
         reason = f"its worker sent more than {self._max_answer_bytes} bytes"
@@ -328,10 +346,19 @@ class WorkerService:
             raise PermissionRefused("this is no lease of this session", param="lease")
         return held
 
+    async def _current(self, session_id: SessionId, token: str) -> HeldLease:
+        """A lease that still stands."""
+        held = await self._held(session_id, token)
+        if await self._queue().attempts.append(held.lease, b"") is not Settled.OK:
+            raise PermissionRefused("the session does not hold this lease any more", param="lease")
+        return held
+
     async def _ensure_secret(self, queue: QueuePort) -> None:
         """Agree with the other Routers on what leases are signed with, once for each connection to the queue."""
-        if self._signs_for is queue:
-            return
+        if self._signs_for is not queue:
+            await self._agree(queue)
+
+    async def _agree(self, queue: QueuePort) -> None:
         proposed = self._tokens.secrets[0] if self._tokens.secrets else secrets.token_bytes(SECRET_BYTES)
         self._tokens.use(await queue.signed_leases.secret(proposed))
         self._signs_for = queue

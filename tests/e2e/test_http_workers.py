@@ -51,13 +51,13 @@ def credentials(*, revoked: int = 0, **more: str) -> str:
 
 @asynccontextmanager
 async def fleet_of(
-    folder: Path, server: Server, workers: int, routers: int = 1, **flags: object
+    folder: Path, server: Server, workers: int, routers: int = 1, lease_ms: int = 1_500, **flags: object
 ) -> AsyncIterator[Fleet]:
     """A fleet whose workers have a key each, and the addresses of its Routers: nothing else."""
     file = folder / "workers.toml"
     file.write_text(credentials())
     async with Fleet(
-        folder, server, manager={"lease_ms": 1_500}, router={"worker_credentials_file": file},
+        folder, server, manager={"lease_ms": lease_ms}, router={"worker_credentials_file": file},
         env={"INFERQ_JOIN_TOKEN": TOKEN},
     ) as fleet:  # fmt: skip
         fleet.session.headers["x-inferq-join-token"] = TOKEN
@@ -208,7 +208,8 @@ async def test_a_worker_that_may_not_do_what_it_asks_says_so_and_ends(tmp_path: 
 
 async def test_a_hundred_workers_go_on_when_their_router_is_restarted(tmp_path: Path, own_valkey: Server) -> None:
     """Their sessions and leases stand: each finds the Router again by itself, and every one answers its job."""
-    async with fleet_of(tmp_path, own_valkey, workers=0) as fleet:
+    # As by default, a lease outlasts the restart of a Router.
+    async with fleet_of(tmp_path, own_valkey, workers=0, lease_ms=15_000) as fleet:
         addresses = Addresses([fleet.router.url], {"x-inferq-join-token": TOKEN})
         waiting = [asyncio.create_task(_answer_one_job(addresses, number)) for number in range(100)]
 

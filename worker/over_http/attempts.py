@@ -9,9 +9,17 @@ from typing import Any
 
 from broker import Undelivered
 from broker.batching import MAX_BATCH_BYTES, MAX_BATCH_ITEMS, Batcher
-from queue_schemas import CONTINUED, HEAD, Frame, Job, Lease, Outcome, Settled, unpack_frames
+from queue_schemas import CONTINUED, HEAD, BadRequest, Frame, Job, Lease, Outcome, Settled, unpack_frames
 from queue_schemas.worker_protocol.fields import MAX_BATCH
-from queue_schemas.worker_protocol.output import MAX_PIECES, MAX_REASON_LENGTH, MAX_RELEASES, Answers
+from queue_schemas.worker_protocol.output import (
+    MAX_CONTENT_TYPE_LENGTH,
+    MAX_PIECES,
+    MAX_REASON_LENGTH,
+    MAX_RELEASES,
+    Answer,
+    Answers,
+)
+from telemetry import get_logger
 
 from .calls import RouterCalls
 from .held_leases import HeldLeases
@@ -23,6 +31,8 @@ _UNDELIVERED = {"gone": Undelivered.GONE, "fenced": Undelivered.GONE, "full": Un
 
 _Message = dict[str, Any]
 
+log = get_logger(__name__)
+
 assert MAX_BATCH_ITEMS <= MAX_BATCH  # noqa: S101 - a batch is a call
 assert MAX_BATCH_BYTES <= PIECE_BYTES  # noqa: S101
 
@@ -33,15 +43,16 @@ class HttpAttempts:
     def __init__(self, calls: RouterCalls, held: HeldLeases) -> None:
         self._calls = calls
         self._held = held
-        self._outputs = Batcher(lambda items: self._send("output", items), _size)
-        self._settles = Batcher(lambda items: self._send("settle", items), _size)
-        self._releases = Batcher(lambda items: self._send("release", items), _size)
+        self._outputs = Batcher(self._send_outputs, _size)
+        self._settles = Batcher(lambda items: self._each("settle", items), _size)
+        self._releases = Batcher(lambda items: self._each("release", items), _size)
 
     async def publish(self, shard: int, frames: Mapping[str, bytes]) -> dict[str, Undelivered]:
         """As :meth:`broker.Attempts.publish`; who is sent to is named by the lease."""
         outputs = {to: list(_outputs(to, unpack_frames(packed))) for to, packed in frames.items()}
         futures = {to: [self._outputs.submit(output) for output in each] for to, each in outputs.items()}
-        answers = {to: [await future for future in each] for to, each in futures.items()}
+        await asyncio.wait([future for each in futures.values() for future in each])  # whatever becomes of one
+        answers = {to: [future.result() for future in each] for to, each in futures.items()}
         found = ((to, _UNDELIVERED.get(answer)) for to, each in answers.items() for answer in each)
         return {to: why for to, why in found if why is not None}
 
@@ -108,10 +119,27 @@ class HttpAttempts:
     async def _post(self, path: str, message: _Message) -> None:
         await self._calls.send("POST", f"/sessions/{self._held.session_id}/{path}", message)
 
-    async def _send(self, path: str, items: Sequence[_Message]) -> list[str]:
+    async def _send_outputs(self, items: Sequence[_Message]) -> list[Answer | Exception]:
+        """An attempt whose output no Router takes ends."""
+        answers = await self._each("output", items)
+        for place, answer in enumerate(answers):
+            if isinstance(answer, BadRequest):
+                log.error("output_refused", error=answer.message)
+                answers[place] = "gone"
+        return answers
+
+    async def _each(self, path: str, items: Sequence[_Message]) -> list[Answer | Exception]:
+        """An answer for each item. One that is refused costs the others nothing."""
+        try:
+            return [*await self._send(path, items)]
+        except BadRequest as error:
+            if len(items) == 1:
+                return [error]
+        return [answer for item in items for answer in await self._each(path, [item])]
+
+    async def _send(self, path: str, items: Sequence[_Message]) -> list[Answer]:
         message = {"attempts": list(items)}
-        answers = (await self._calls.ask(f"/sessions/{self._held.session_id}/{path}", message, Answers)).answers
-        return list(answers)
+        return (await self._calls.ask(f"/sessions/{self._held.session_id}/{path}", message, Answers)).answers
 
 
 _FULL_PAUSE_S = 0.25
@@ -149,7 +177,7 @@ def _outputs(token: str, frames: Sequence[Frame]) -> Iterator[_Message]:
 def _head(frame: Frame) -> _Message:
     if not frame.flags & HEAD:
         return {}
-    head: _Message = {"status": frame.status, "content_type": frame.content_type}
+    head: _Message = {"status": frame.status, "content_type": frame.content_type[:MAX_CONTENT_TYPE_LENGTH]}
     if frame.flags & CONTINUED:
         head["continued"] = True
     if frame.headers:

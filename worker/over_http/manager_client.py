@@ -21,7 +21,7 @@ class HttpManagerClient(ManagerClient):
         """The session that joined last."""
 
     async def register(self, registration: Registration) -> RegistrationAnswer:
-        """As there. The answer names no broker, but the shards that have to be joined still."""
+        """As there. The answer names no broker."""
         session_id = registration.session_id
         join = Join(**registration.model_dump(), again=session_id == self._joined)
         answer = parse_answer(Joined, await self.call("POST", "sessions", join), self.url)

@@ -20,8 +20,6 @@ class HttpWorkers:
     """The calls of one worker's sessions. A session joins as it registers (:mod:`worker.over_http.manager_client`)."""
 
     def __init__(self, calls: RouterCalls, addresses: Addresses, shards: int, held: HeldLeases) -> None:
-        self.unjoined: set[int] = set()
-        """Shards that did not answer as the session joined."""
         self._calls = calls
         self._addresses = addresses
         self._shards = shards
@@ -32,14 +30,13 @@ class HttpWorkers:
         """By shard and session: up to where control messages were read."""
 
     async def join(self, session_id: SessionId) -> set[int]:
-        """As :meth:`broker.Workers.join`, of a session that is registered."""
+        """As :meth:`broker.Workers.join`, of a session that is registered: so it is on all shards."""
         self._held.session_id = session_id
         self._read_to.clear()
-        return self.unjoined
+        return set()
 
     async def join_on(self, shard: int, session_id: SessionId) -> None:
-        """As :meth:`broker.Workers.join_on`."""
-        await self._calls.send("POST", f"/sessions/{session_id}/join", {"shard": shard})
+        """As :meth:`broker.Workers.join_on`: it is on each already."""
 
     async def claim(
         self,

@@ -44,6 +44,28 @@ async def _of_another(kit: RouterKit) -> None:
     require((await client)[1].decode() == PLAIN, "the client got what another session said of its job")
 
 
+async def _over(kit: RouterKit) -> None:
+    worker = await kit.worker()
+    client = kit.ask("hello")
+    lease = (await worker.next_job())["lease"]
+    await worker.settle(lease, "{}")
+    require((await client)[0] == 200, "its client got no answer")
+    for name, fields in (("delivered", {}), ("decline", {"for_now": False})):
+        reply = await worker.call(name, {"lease": lease, **fields})
+        require(reply.status == 403, f"{name} with the lease of a job that has ended is answered {reply.status}")
+
+
+async def _respelled(kit: RouterKit) -> None:
+    worker = await kit.worker()
+    client = kit.ask("hello")
+    lease = (await worker.next_job())["lease"]
+    for other in (lease + "=", lease + "\n", f" {lease}", lease[:9] + "\n" + lease[9:]):
+        answer = await worker.settle(other, "{}")
+        require(answer == "fenced", f"a lease that is spelled in another way is answered {answer}")
+    await worker.settle(lease, "{}")
+    require((await client)[0] == 200, "its client got no answer")
+
+
 async def _out_of_order(kit: RouterKit) -> None:
     worker = await kit.worker()
     client = kit.ask("hello", stream=True)
@@ -87,6 +109,7 @@ async def _malformed(kit: RouterKit) -> None:
         b'{"claim": {"seq": 0, "n": 1, "pools": []}}': (400,),
         b'{"claim": {"seq": 1, "n": 1000000, "pools": []}}': (400,),
         b'{"after": "../../etc"}': (400,),
+        b'{"after": "18446744073709551615-18446744073709551615"}': (400,),
         b'{"wait_ms": 1e12}': (400,),
         b"[" * 100_000: (400,),
     }
@@ -97,6 +120,9 @@ async def _malformed(kit: RouterKit) -> None:
     require(reply.status == 415, f"a call of type text/plain is answered {reply.status}")
     reply = await worker.request("POST", path, b"\xc1\xff", content_type="application/vnd.msgpack")
     require(reply.status == 400, f"what is no msgpack is answered {reply.status}")
+    far = {"shard": worker.shard, "after": f"{2**64 - 1}-0", "seq": 0, "leases": []}
+    reply = await worker.call("reconcile", far)
+    require(reply.status == 400, f"to have read a message that cannot be is answered {reply.status}")
     require((await worker.heartbeat()).status == 200, "the session did not survive its own nonsense")
 
 
@@ -147,6 +173,8 @@ async def _many_polls(kit: RouterKit) -> None:
 LIE_RULES: tuple[Rule[RouterKit], ...] = (
     Rule("made-up-lease", "a lease that was changed or made up is fenced", _made_up),
     Rule("others-lease", "another session's lease is fenced", _of_another),
+    Rule("old-lease", "the lease of a job that has ended opens nothing", _over),
+    Rule("respelled-lease", "a lease has one spelling", _respelled),
     Rule("out-of-order", "output that comes out of order never reaches a client so", _out_of_order),
     Rule("no-head", "an answer without a head is refused", _without_head),
     Rule("malformed", "malformed messages are refused, and nothing else happens", _malformed),

@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 
 from broker import Undelivered
-from queue_schemas import CONTINUED, END, HEAD, Frame, Job, JobId, Lease, Outcome, Pool, SessionId, Settled
+from queue_schemas import CONTINUED, END, HEAD, BadRequest, Frame, Job, JobId, Lease, Outcome, Pool, SessionId, Settled
 from queue_schemas.worker_protocol.encoding import MSGPACK, decode, encode
 from queue_schemas.worker_protocol.jobs import NOBODY
 from queue_schemas.worker_protocol.output import Answers, OutputCall, ReleaseCall, SettleCall
@@ -124,3 +124,29 @@ async def test_releases_say_why_and_how() -> None:
         ("yielded", None, "said so far"),
     ]
     assert len(sent[0].reason) == 500
+
+
+async def test_one_that_is_refused_costs_the_others_nothing() -> None:
+    """Output that no Router takes ends its attempt; an end that none takes is raised to who reports it."""
+
+    def answer(_: str, one: Any) -> str:
+        if one.lease == "bad":
+            raise BadRequest("no such piece")
+        return "ok"
+
+    router = Router(answer)
+    mine = attempts(router)
+    frames = {name: frame(0, b"x", HEAD) for name in ("a", "bad", "c")}
+    assert await mine.publish(0, frames) == {"bad": Undelivered.GONE}
+    ends = [mine.settle(lease(name), Outcome.DONE, frame(0, b"x", HEAD | END)) for name in ("a", "bad", "c")]
+    good, bad, last = await asyncio.gather(*ends, return_exceptions=True)
+    assert (good, last) == (Settled.OK, Settled.OK)
+    assert isinstance(bad, BadRequest)
+
+
+async def test_a_content_type_that_is_too_long_is_cut() -> None:
+    """An engine's odd header must not cost its answer."""
+    router = Router()
+    packed = Frame(JobId("0-" + "a" * 32), 1, "aid", 0, HEAD | END, b"{}", 200, "x" * 5_000, {}).pack()
+    assert await attempts(router).settle(lease("a"), Outcome.DONE, packed) is Settled.OK
+    assert len(router.calls[0][1].attempts[0].head.content_type) == 1_000
