@@ -30,12 +30,16 @@ def encode(value: Any) -> bytes:
     return packed
 
 
-def decode(data: bytes) -> Any:
-    """The one value in ``data``."""
+def decode(data: bytes, *, max_containers: int | None = None) -> Any:
+    """The one value in ``data``. ``max_containers``: the most lists and maps that it may have, for what strangers send:
+    one takes a byte, and 64 once it is decoded."""
     if len(data) > MAX_MESSAGE_BYTES:
         raise BadMessage(f"message of {len(data)} bytes; the limit is {MAX_MESSAGE_BYTES}")
+    limits = _limits(len(data))
+    if max_containers is not None and len(data) > max_containers:
+        limits = limits | _counting(max_containers)
     try:
-        value = msgpack.unpackb(data, **_limits(len(data)))
+        value = msgpack.unpackb(data, **limits)
     except (ValueError, msgpack.UnpackException, RecursionError) as error:
         raise BadMessage(f"not a valid message: {error}") from error
     _check_depth(value)
@@ -82,6 +86,19 @@ def _read_all(unpacker: Any, data: bytes) -> list[Any]:
 def _limits(size: int) -> dict[str, Any]:
     # What msgpack bounds by itself: no string, array or map may claim to be larger than the message.
     return _LIMITS if size <= MAX_ELEMENTS else _LIMITS_OF_LARGE
+
+
+def _counting(most: int) -> dict[str, Any]:
+    left = most
+
+    def count(container: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ValueError(f"more than {most} lists and maps")
+        return container
+
+    return {"list_hook": count, "object_hook": count}
 
 
 def _refuse_extension(code: int, _data: bytes) -> Any:

@@ -15,6 +15,10 @@ from ..errors import BadMessage, UnsupportedMediaType
 
 JSON = "application/json"
 MSGPACK = "application/vnd.msgpack"
+MAX_CONTAINERS = 16_384
+"""Lists and maps in a message of msgpack: the longest that anybody has reason to send has a quarter."""
+MAX_PUNCTUATION = 2_000_000
+"""Commas and opening brackets in a message of JSON, text included: a value has one at least, and takes 64 bytes."""
 
 _M = TypeVar("_M", bound=BaseModel)
 
@@ -38,7 +42,7 @@ def decode(data: bytes, media_type: str, kind: type[_M]) -> _M:
     """The ``kind`` in ``data``. Raises ``BadMessage`` that names the field at fault."""
     try:
         if media_type == MSGPACK:
-            return kind.model_validate(codec.decode(data))
+            return kind.model_validate(codec.decode(data, max_containers=MAX_CONTAINERS))
         return kind.model_validate(_from_json(data))
     except ValidationError as error:
         fault = error.errors(include_url=False, include_input=False)[0]
@@ -47,11 +51,16 @@ def decode(data: bytes, media_type: str, kind: type[_M]) -> _M:
 
 
 def _from_json(data: bytes) -> Any:
+    if len(data) > MAX_PUNCTUATION and sum(map(data.count, (b",", b"[", b"{"))) > MAX_PUNCTUATION:
+        raise BadMessage("the message has too many values: send it in parts, or as msgpack")
     try:
         value = orjson.loads(data)
     except orjson.JSONDecodeError as error:
         raise BadMessage(f"the message is not valid JSON: {error.msg}" if data else "the message is empty") from None
-    return _with_bytes(value) if b'"base64"' in data else value
+    try:
+        return _with_bytes(value) if b'"base64"' in data else value
+    except RecursionError:
+        raise BadMessage("the message is nested too deep") from None
 
 
 def _with_bytes(value: Any) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,8 @@ class SessionCall:
     answer: type[BaseModel] | None
     run: Callable[[Caller, Any], Awaitable[dict[str, Any] | Forwarded | None]]
     errors: tuple[int, ...] = (400, 401, 403, 409, 413, 415, 429, 503)
+    has_output: bool = False
+    """Whether it carries output, which takes memory until the queue has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +86,13 @@ class WorkerCalls:
         scope = self._credentials.scope(headers)
         caller = Caller(self._service, scope, self._service.admit(scope, session_id), request_id)
         message = None
-        if call.message is not None:
-            media_type = media_type_of(headers.get(b"content-type", b"").decode("latin-1"))
-            message = decode(await self.read(receive), media_type, call.message)
-        found = await call.run(caller, message)
+        with self.opened() as take:
+            if call.message is not None:
+                media_type = media_type_of(headers.get(b"content-type", b"").decode("latin-1"))
+                message = decode(await self.read(receive, take), media_type, call.message)
+                if not call.has_output:
+                    take(0)
+            found = await call.run(caller, message)
         self._credentials.scope(headers)  # it may have been revoked while the call was held
         if found is None:
             return CallAnswer(204, "", b"")
@@ -95,8 +101,10 @@ class WorkerCalls:
         media_type = MSGPACK if MSGPACK.encode() in headers.get(b"accept", b"") else JSON
         return CallAnswer(200, media_type, encode(found, media_type))
 
-    async def read(self, receive: Receive) -> bytes:
-        """The body of a call. Raises ``BodyTooLarge``, ``OverCapacity`` and, if it is cut short, ``BadRequest``."""
+    @contextmanager
+    def opened(self) -> Iterator[Callable[[int], None]]:
+        """Counts a call as open while it has bytes: what is given is called with how many, and may raise
+        ``OverCapacity``."""
         taken = 0
 
         def take(size: int) -> None:
@@ -107,11 +115,17 @@ class WorkerCalls:
                 raise OverCapacity("this router reads too many calls of workers now: try again", retry_after_s=1)
 
         try:
+            yield take
+        finally:
+            self._open_bytes -= taken
+
+    async def read(self, receive: Receive, take: Callable[[int], None]) -> bytes:
+        """The body of a call, counted by ``take``. Raises ``BodyTooLarge``, what ``take`` raises and, if it is cut
+        short, ``BadRequest``."""
+        try:
             return await read_body(receive, MAX_CALL_BYTES, take)
         except ClientGone:
             raise BadRequest("the body was cut short: send it again") from None
-        finally:
-            self._open_bytes -= taken
 
 
 async def _renew(caller: Caller, _: None) -> None:
@@ -162,9 +176,9 @@ SESSION_CALLS: Mapping[str, SessionCall] = {
     "claim": SessionCall(
         "Take jobs, and read what the queue has to say; held while there is nothing", ClaimCall, ClaimAnswer, _claim
     ),
-    "output": SessionCall("Pieces of streams", OutputCall, Answers, _output),
-    "settle": SessionCall("End attempts with their answers", SettleCall, Answers, _settle),
-    "release": SessionCall("Have jobs run again", ReleaseCall, Answers, _release),
+    "output": SessionCall("Pieces of streams", OutputCall, Answers, _output, has_output=True),
+    "settle": SessionCall("End attempts with their answers", SettleCall, Answers, _settle, has_output=True),
+    "release": SessionCall("Have jobs run again", ReleaseCall, Answers, _release, has_output=True),
     "reconcile": SessionCall(
         "Compare what the session runs with what the queue knows", Reconcile, Reconciled, _reconcile
     ),

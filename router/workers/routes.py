@@ -100,7 +100,8 @@ def worker_routes(service: WorkerService, credentials: WorkerCredentials, calls:
 
     async def read(request: Request, kind: type[_M]) -> _M:
         media_type = media_type_of(request.headers.get("content-type", ""))
-        return decode(await calls.read(request.receive), media_type, kind)
+        with calls.opened() as take:
+            return decode(await calls.read(request.receive, take), media_type, kind)
 
     @routes.post(_SESSIONS, summary="A worker joins", **_declared(Join, Joined, 400, 401, 403, 409, 413, 415, 429, 503))
     async def join(request: Request) -> Response:

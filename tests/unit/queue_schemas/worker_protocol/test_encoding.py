@@ -106,3 +106,27 @@ def test_a_worker_gets_what_it_needs_of_a_job_and_nothing_of_who_asked(media_typ
     same += ("yields", "on_loss", "traceparent")
     assert [getattr(found.job, name) for name in same] == [getattr(job, name) for name in same]
     assert (found.epoch, found.attempt_id, found.attempt, found.suspect, found.predicted_ms) == (2, "aid", 2, True, 0)
+
+
+@pytest.mark.parametrize(
+    ("body", "media_type"),
+    [
+        (b'{"attempts": [], "x": [' + b"[]," * 1_500_000 + b"[]]}", JSON),
+        (b'{"attempts": [], "x": {' + b'"":{},' * 1_500_000 + b'"":{}}}', JSON),
+        (b'{"attempts": [], "x": "base64", "y": ' + b"[" * 1_000 + b'"base64"' + b"]" * 1_000 + b"}", JSON),
+        (msgpack.packb({"attempts": [], "x": [[[] for _ in range(1_000)] for _ in range(17)]}), MSGPACK),
+        (msgpack.packb({"attempts": [], "x": [{} for _ in range(16_400)]}), MSGPACK),
+    ],
+)
+def test_a_message_takes_no_more_memory_than_its_size_lets_expect(body: bytes, media_type: str) -> None:
+    """What is small to send and large once it is read is refused before it is."""
+    with pytest.raises(BadMessage, match=r"too many values|lists and maps|nested"):
+        decode(body, media_type, OutputCall)
+
+
+def test_large_output_is_no_such_message() -> None:
+    """Not even one of numbers alone, as of embeddings."""
+    numbers = b"[" + b"0.1234," * (15 << 17) + b"0]"
+    for media_type in (JSON, MSGPACK):
+        message = {"attempts": [{"lease": "l", "seq": 1, "data": [numbers]}]}
+        assert decode(encode(message, media_type), media_type, OutputCall).attempts[0].data == [numbers]
