@@ -14,7 +14,7 @@ import pytest
 from queue_schemas import FABRIC_PREFIX, JOIN_TOKEN_HEADER
 from tests.support.processes import is_alive
 from tests.support.ray_nodes import RayNodes, command_line
-from tests.support.servers import Server
+from tests.support.servers import Server, server_binary
 from tests.support.sockets import held_by, listeners
 from tests.support.traffic import Traffic
 from tests.support.waiting import eventually
@@ -29,8 +29,8 @@ MANAGER, REPLICA, AUTOSCALER, WORKER = "ray::ManagerActor", "ray::ServeReplica",
 
 
 @pytest.fixture(scope="module")
-def nodes(tmp_path_factory: pytest.TempPathFactory, ray_queue: Server) -> Iterator[RayNodes]:
-    """A head without GPUs, and two nodes with one each."""
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayNodes]:
+    """A head without GPUs, and two nodes with one each, with a queue of their own."""
     pytest.importorskip("ray")
     folder = tmp_path_factory.mktemp("nodes")
     variables = {
@@ -38,7 +38,10 @@ def nodes(tmp_path_factory: pytest.TempPathFactory, ray_queue: Server) -> Iterat
         "INFERQ_AUTOSCALE_INTERVAL_MS": "200",
         "INFERQ_AUTOSCALE_TARGET_WAIT": "50ms",
     }
-    with RayNodes(folder, ray_queue, [{"num_cpus": 2}, WITH_GPU, WITH_GPU], **variables) as cluster:
+    with (
+        Server(server_binary(), folder / "queue") as queue,
+        RayNodes(folder, queue, [{"num_cpus": 2}, WITH_GPU, WITH_GPU], **variables) as cluster,
+    ):
         try:
             yield cluster
         finally:
