@@ -43,14 +43,20 @@ def authenticate(keys: KeyRing, authorization: bytes, api_key: bytes) -> Tenant:
 
     The work does not depend on how much of a key is right: keys are compared by their digests.
     """
-    scheme, _, bearer = authorization.partition(b" ")
-    given = bearer.strip() if scheme.lower() == b"bearer" else api_key
+    bearer = bearer_key(authorization)
+    given = api_key if bearer is None else bearer
     digest = hashlib.sha256(given).digest()
     tenant = keys.get(digest)
     if tenant is None or not given:
         how = "send it as: Authorization: Bearer KEY"
         raise AuthenticationFailed(f"the API key is {'not known here' if given else 'missing'}; {how}")
     return tenant
+
+
+def bearer_key(authorization: bytes) -> bytes | None:
+    """The key in ``Authorization: Bearer KEY``; None for another scheme."""
+    scheme, _, key = authorization.partition(b" ")
+    return key.strip() if scheme.lower() == b"bearer" else None
 
 
 def check_size(size_bytes: int, limit_bytes: int) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
-from queue_schemas import JOIN_TOKEN_HEADER, AuthenticationFailed, CannotStart
+from queue_schemas import JOIN_TOKEN_HEADER, AuthenticationFailed
 from telemetry import get_logger
 from telemetry.http.access import is_join_token
 from telemetry.http.loopback_access import LoopbackAccess
 
+from ..http.rules import bearer_key
+from ..http.watched_file import WatchedFile
 from .rules import WorkerScope, parse_credentials
 
 _JOIN_TOKEN = JOIN_TOKEN_HEADER.encode()
@@ -29,23 +30,22 @@ class WorkerCredentials:
         self._join_token = join_token
         self._local = local
         self._guarded = guarded
-        self._path = Path(file) if file else None
-        self._stamp = (0, 0)
-        self._scopes: Mapping[bytes, WorkerScope] = {}
-        if self._path is not None:
-            self._load(self._path)
+        self._file = (
+            WatchedFile(file, "worker credentials", parse_credentials, failure="worker_credentials_not_read")
+            if file
+            else None
+        )
 
     def scope(self, headers: Mapping[bytes, bytes]) -> WorkerScope:
         """What the caller with these headers (lower-case names) may do. Raises ``AuthenticationFailed``, or where no
         credentials are set ``PermissionRefused``."""
         if is_join_token(self._join_token, headers.get(_JOIN_TOKEN, b"").decode("latin-1")):
             return _UNLIMITED
-        if self._path is None and not self._join_token and not self._guarded:
+        if self._file is None and not self._join_token and not self._guarded:
             self._local.check(headers)
             return _UNLIMITED
-        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
-        given = key.strip() if scheme.lower() == b"bearer" else b""
-        scope = self._scopes.get(hashlib.sha256(given).digest())
+        given = bearer_key(headers.get(b"authorization", b"")) or b""
+        scope = self._file.value.get(hashlib.sha256(given).digest()) if self._file is not None else None
         if scope is None or not given:
             what = "not known here, or not any more" if given else "missing"
             raise AuthenticationFailed(
@@ -56,25 +56,6 @@ class WorkerCredentials:
 
     def refresh(self) -> None:
         """Read the file again if it changed."""
-        if self._path is None:
-            return
-        try:
-            if _stamp(self._path) != self._stamp:
-                self._load(self._path)
-                log.info("worker_credentials_read", count=len(self._scopes))
-                self.changed()
-        except (CannotStart, OSError) as error:
-            log.error("worker_credentials_not_read", error=str(error))
-
-    def _load(self, path: Path) -> None:
-        try:
-            self._stamp = _stamp(path)
-            text = path.read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CannotStart(f"the file of worker credentials {path} cannot be read: {error}") from error
-        self._scopes = parse_credentials(text, str(path))
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_mtime_ns, status.st_size
+        if self._file is not None and self._file.refresh():
+            log.info("worker_credentials_read", count=len(self._file.value))
+            self.changed()
